@@ -1,0 +1,214 @@
+"""Who we are among the ranks, and how they agree: the one place that asks.
+
+Every function also works in a single process without a process group, so tools and tests need no
+launcher. Collectives carry tensors and JSON, never pickles. Device differences (CPU with gloo,
+GPU with NCCL) end here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+# Small control messages travel over gloo even on GPUs: they neither wait for the GPU's queue nor
+# make it wait.
+_control: dist.ProcessGroup | None = None
+
+
+class RankError(ValueError):
+    """A mistake of the user, the same sentence on every rank; `dit_ds` exits with 2."""
+
+
+def init() -> None:
+    """Join the process group that the launcher described in the environment, if it did.
+
+    Without a launcher (no WORLD_SIZE) this is a world of one. Safe to call twice.
+    """
+    global _control
+    import deepspeed  # here, because it takes seconds that one-process tools need not wait
+
+    # A shared-memory collective that only inference uses; building it takes 30 s and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device().type == "cpu":
+        # DeepSpeed refuses fp16 on CPUs without instructions for it; torch computes it all the
+        # same, slowly, and so an fp16 configuration can be tried and tested anywhere.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
+    if not dist.is_initialized():
+        for name, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }.items():
+            os.environ.setdefault(name, value)
+        if device().type == "cuda":
+            torch.cuda.set_device(device())
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device().type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=_TIMEOUT,
+        )
+    if _control is None:
+        _control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def shutdown() -> None:
+    """Leave the process group, quietly and only if one was joined."""
+    global _control
+    _control = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number in the world."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes in the world."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's number on its host, which is also the number of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that prints and writes what is written once."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator of this rank: its GPU, or the CPU where there is none.
+
+    `DS_ACCELERATOR=cpu`, DeepSpeed's own switch, keeps a machine with GPUs on its CPU.
+    """
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def print_main(*message: object) -> None:
+    """Print on rank 0 at once; silent elsewhere."""
+    if is_main():
+        print(*message, flush=True)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier(group=_control)
+
+
+def reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all ranks, as a float64 tensor on the CPU.
+
+    The terms are added in rank order everywhere, so every rank holds the same bits.
+    """
+    local = values.detach().to("cpu", torch.float64)
+    if not dist.is_initialized() or world_size() == 1:
+        return local.clone()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local, group=_control)
+    return torch.stack(parts).sum(0)
+
+
+def reduce_max(value: float) -> float:
+    """Largest `value` over all ranks."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    t = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(t, op=dist.ReduceOp.MAX, group=_control)
+    return t.item()
+
+
+def gather_json(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. It travels as JSON."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()]), group=_control)
+    longest = int(max(s.item() for s in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: data.numel()] = data
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=_control)
+    return [
+        json.loads(p[: int(n.item())].numpy().tobytes()) for p, n in zip(parts, sizes, strict=True)
+    ]
+
+
+def gather_tensor(local: torch.Tensor) -> list[torch.Tensor]:
+    """Same-shaped `local` of every rank, in rank order, on every rank, on the CPU."""
+    local = local.detach().cpu().contiguous()
+    if not dist.is_initialized() or world_size() == 1:
+        return [local]
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local, group=_control)
+    return parts
+
+
+def broadcast_json(value: Any = None) -> Any:
+    """Rank 0's `value` on every rank."""
+    return gather_json(value if is_main() else None)[0]
+
+
+def agree(error: BaseException | None) -> None:
+    """Raise the same `RankError` on every rank if any of them has an `error`; a collective.
+
+    Call it after each part that may fail on single ranks (a file that one host lacks), so that no
+    rank waits for ever in a collective that another has left. The message names the ranks and
+    their hosts; equal messages are told once.
+    """
+    if reduce_max(0.0 if error is None else 1.0) == 0.0:
+        return  # the usual case, every step: one small reduction
+    mine = None if error is None else (str(error) or repr(error))
+    told: dict[str, list[str]] = {}
+    for r, (message, host) in enumerate(gather_json([mine, socket.gethostname()])):
+        if message is not None:
+            told.setdefault(message, []).append(f"rank {r} on {host}")
+    if told:
+        everyone = world_size()
+        lines = [
+            message if len(who) == everyone else f"{message} ({', '.join(who)})"
+            for message, who in told.items()
+        ]
+        raise RankError("\n".join(lines)) from error
+
+
+class agreed:  # noqa: N801 - read as a statement: `with agreed():`
+    """Run a block on every rank, then `agree` on the users' errors (ValueError, OSError) in it."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, ValueError | OSError):
+            agree(error)
+
+
+def exit_with(error: ValueError) -> None:
+    """Print a user's error once, from rank 0, without a traceback, and exit with 2."""
+    if is_main() or not isinstance(error, RankError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    shutdown()
+    raise SystemExit(2)
