@@ -1,0 +1,237 @@
+"""From shards to micro-batches: the samples of each step, each with its own raw draws.
+
+The loader hands over raw draws (uniforms, normals); the objective maps them. Nothing depends on the
+number of ranks or workers or on the micro-batch, and the position is the step alone, so a resume at
+any step is exact. Worlds may be uneven: all ranks take the same number of micro-batches of the same
+size, filled up with samples of weight 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dit_ds import distributed, draws
+from dit_ds.order import Order
+from dit_ds.shards import Manifest, ShardError, ShardReader
+
+_MAX_OPEN_SHARDS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """N samples with their raw draws.
+
+    moments: (N, 2C, H, W) float32, mean and log-variance of the VAE, unscaled.
+    y: (N,) int64 class. weight: (N,) float32, 1, or 0 where the sample only fills up.
+    posterior, noise: (N, C, H, W) float32 normals. time, drop: (N,) float32 uniforms in [0, 1).
+    ids, epochs: (N,) int64, which sample, and which time it is seen.
+    """
+
+    moments: torch.Tensor
+    y: torch.Tensor
+    weight: torch.Tensor
+    posterior: torch.Tensor
+    noise: torch.Tensor
+    time: torch.Tensor
+    drop: torch.Tensor
+    ids: torch.Tensor
+    epochs: torch.Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device; does not wait for copies from pinned memory."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in pinned memory; `DataLoader` calls it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function) -> MicroBatch:  # type: ignore[no-untyped-def]
+        values = {f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return MicroBatch(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a global batch is cut over ranks and micro-steps, the same for all ranks.
+
+    Ranks take contiguous slices that differ by at most one sample; `micro_batch` is at most the
+    configured size, and as small as keeps `num_micro` steps, so that padding stays small.
+    """
+
+    global_batch: int
+    world_size: int
+    num_micro: int
+    micro_batch: int
+
+    @staticmethod
+    def of(*, global_batch: int, world_size: int, micro_batch: int) -> Split:
+        """The split with the fewest micro-steps, and among those the least padding."""
+        most = math.ceil(global_batch / world_size)
+        num_micro = math.ceil(most / micro_batch)
+        return Split(global_batch, world_size, num_micro, math.ceil(most / num_micro))
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed samples that only fill up."""
+        return 1 - self.global_batch / (self.world_size * self.num_micro * self.micro_batch)
+
+    def places(self, rank: int, micro: int) -> tuple[int, int]:
+        """[start, stop) of a rank's micro-batch in the global batch."""
+        first = rank * self.global_batch // self.world_size
+        last = (rank + 1) * self.global_batch // self.world_size
+        start = min(first + micro * self.micro_batch, last)
+        return start, min(start + self.micro_batch, last)
+
+
+class Samples:
+    """Reads chosen samples of a data set: moments, labels and raw draws."""
+
+    def __init__(self, directory: Path, manifest: Manifest, *, seed: int, flip: float) -> None:
+        self.manifest, self.seed, self.flip = manifest, seed, flip
+        self._directory = directory
+        self._starts = np.cumsum([0] + [s.num_samples for s in manifest.shards])
+        # A reader verifies its shard's checksum once, at the first open, and may be closed since.
+        self._readers: dict[int, ShardReader] = {}
+        self._open: OrderedDict[int, None] = OrderedDict()
+
+    def _reader(self, shard: int) -> ShardReader:
+        if shard not in self._readers:
+            info = self.manifest.shards[shard]
+            self._readers[shard] = ShardReader(self._directory, info, self.manifest)
+        self._open[shard] = None
+        self._open.move_to_end(shard)
+        if len(self._open) > _MAX_OPEN_SHARDS:
+            self._readers[self._open.popitem(last=False)[0]].close()
+        return self._readers[shard]
+
+    def read(self, epochs: np.ndarray, ids: np.ndarray, size: int) -> MicroBatch:
+        """`size` samples: those of `ids`, then copies of the first one with weight 0."""
+        num = len(ids)
+        if num < size:
+            fill = ids[:1] if num else np.zeros(1, np.int64)
+            ids = np.concatenate([ids, np.repeat(fill, size - num)])
+            epochs = np.concatenate([epochs, np.zeros(size - num, np.int64)])
+        channels, height, width = self.manifest.latent_shape
+        moments = np.empty((size, 2 * channels, height, width), np.float32)
+        y = np.empty(size, np.int64)
+        flips = draws.uniform(self.seed, "flip", epochs, ids) < self.flip
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        for shard in np.unique(shards):
+            here = np.flatnonzero(shards == shard)
+            rows = ids[here] - self._starts[shard]
+            reader = self._reader(int(shard))
+            moments[here] = reader.moments(rows, flips[here])
+            y[here] = reader.labels(rows)
+        shape = (channels, height, width)
+        arrays = {
+            "moments": moments,
+            "y": y,
+            "weight": (np.arange(size) < num).astype(np.float32),
+            "posterior": draws.normal(self.seed, "posterior", epochs, ids, shape),
+            "noise": draws.normal(self.seed, "noise", epochs, ids, shape),
+            "time": draws.uniform(self.seed, "time", epochs, ids),
+            "drop": draws.uniform(self.seed, "drop", epochs, ids),
+            "ids": ids,
+            "epochs": epochs,
+        }
+        return MicroBatch(**{name: torch.from_numpy(a) for name, a in arrays.items()})
+
+
+class _MicroBatches(Dataset[MicroBatch | str]):
+    """Micro-batch number step * num_micro + micro of one rank."""
+
+    def __init__(self, samples: Samples, order: Order, split: Split, rank: int) -> None:
+        self.samples, self.order, self.split, self.rank = samples, order, split, rank
+
+    def __getitem__(self, number: int) -> MicroBatch | str:
+        step, micro = divmod(number, self.split.num_micro)
+        epochs, ids = self.order.batch(step, *self.split.places(self.rank, micro))
+        try:
+            return self.samples.read(epochs, ids, self.split.micro_batch)
+        except (ShardError, OSError) as e:
+            return str(e)  # as a value: a worker's exception would reach the user as a traceback
+
+
+class Loader:
+    """The micro-batches of this rank, step after step, read ahead by worker processes.
+
+    Args:
+        directory, manifest: the data set.
+        split: of the global batch over ranks and micro-steps.
+        lanes, window, seed, flip: as in `dit_ds.config`.
+        first_step, last_step: reads steps [first_step, last_step).
+        workers: processes that read ahead; 0 reads in this one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        split: Split,
+        *,
+        lanes: int,
+        window: int,
+        seed: int,
+        flip: float,
+        first_step: int,
+        last_step: int,
+        workers: int,
+    ) -> None:
+        sizes = [s.num_samples for s in manifest.shards]
+        batch = split.global_batch
+        order = Order(sizes, global_batch=batch, lanes=lanes, window=window, seed=seed)
+        samples = Samples(directory, manifest, seed=seed, flip=flip)
+        numbers = range(first_step * split.num_micro, last_step * split.num_micro)
+        self._split = split
+        self._batches: Iterator[MicroBatch | str] = iter(
+            DataLoader(
+                _MicroBatches(samples, order, split, distributed.rank()),
+                batch_size=None,
+                sampler=numbers,
+                num_workers=workers,
+                # torch's default on Linux, said because a rank may be a child of another kind.
+                multiprocessing_context="fork" if workers else None,
+                # Two steps ahead, whatever the number of micro-steps.
+                prefetch_factor=math.ceil(2 * split.num_micro / workers) if workers else None,
+                pin_memory=distributed.device().type == "cuda",
+                worker_init_fn=_start_worker,
+            )
+        )
+        self.wait_seconds = 0.0
+        """Time spent waiting for data so far."""
+
+    def next(self) -> list[MicroBatch]:
+        """The micro-batches of the next step, the same number on every rank; a collective.
+
+        Raises:
+            RankError: a shard is missing or damaged, on every rank, naming shard and key.
+        """
+        began = time.perf_counter()
+        batches: list[MicroBatch] = []
+        error = None
+        for _ in range(self._split.num_micro):
+            batch = next(self._batches)
+            if isinstance(batch, str):
+                error = ShardError(batch)
+            else:
+                batches.append(batch)
+        distributed.agree(error)
+        self.wait_seconds += time.perf_counter() - began
+        return batches
+
+
+def _start_worker(worker: int) -> None:
+    """A worker leaves signals to its rank, which ends it; it computes on one thread."""
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
