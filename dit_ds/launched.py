@@ -1,0 +1,87 @@
+"""How this process was started, and what the outside asks of it while it runs.
+
+DeepSpeed's launcher trains on one machine in silence where the hostfile does not exist, and strips
+`--hostfile` from what the ranks see; an ancestor's command line still shows it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from dit_ds import distributed
+
+SAVE, STOP = 1, 2
+
+
+def check(*, expect_ranks: int | None) -> None:
+    """Refuse a world that is not the one the user meant.
+
+    Raises:
+        ValueError: the launcher was given a hostfile that does not exist, or the number of ranks
+            is not `expect_ranks`.
+    """
+    hostfile = _hostfile()
+    if hostfile is not None and not hostfile.is_file():
+        raise ValueError(
+            f"--hostfile {hostfile} does not exist, so DeepSpeed started on this machine alone; "
+            "give an existing file (as launch/hosts), or leave --hostfile out for one machine"
+        )
+    world = distributed.world_size()
+    if expect_ranks is not None and world != expect_ranks:
+        raise ValueError(
+            f"train.expect_ranks={expect_ranks}, but {world} ranks started; check the hostfile and "
+            "--num_gpus, or change train.expect_ranks"
+        )
+
+
+def _hostfile() -> Path | None:
+    """The `--hostfile` of the `deepspeed` command among our ancestors, where /proc tells it."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            folder = Path(f"/proc/{pid}/cwd").resolve()
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return None
+        program = next((i for i, w in enumerate(words[:3]) if Path(w).name == "deepspeed"), None)
+        if program is None:
+            continue
+        for i, word in enumerate(words[program + 1 :], start=program + 1):
+            if not word.startswith("-") and not words[i - 1].startswith("-"):
+                break  # the script; what follows are its own arguments
+            if word in ("-H", "--hostfile") and i + 1 < len(words):
+                return folder / words[i + 1]
+            if word.startswith("--hostfile="):
+                return folder / word.partition("=")[2]
+    return None
+
+
+class Requests:
+    """SIGUSR1 (save), SIGTERM (save and end) and `stop_after_hours`, agreed on by all ranks.
+
+    A handler only takes a note, since a launcher signals its ranks one after another; the ranks
+    compare notes at a step boundary and then act together.
+    """
+
+    def __init__(self, *, stop_after_hours: float | None) -> None:
+        self._noted = 0
+        self._deadline = None if stop_after_hours is None else stop_after_hours * 3600
+        self._began = time.monotonic()
+        signal.signal(signal.SIGUSR1, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = max(self._noted, STOP if number == signal.SIGTERM else SAVE)
+
+    def agreed(self) -> int:
+        """0, SAVE or STOP: the most that any rank was asked for; a collective."""
+        if self._deadline is not None and time.monotonic() - self._began > self._deadline:
+            self._noted = STOP
+        asked = int(distributed.reduce_max(self._noted))
+        self._noted = 0
+        return asked

@@ -1,0 +1,77 @@
+"""Sample grids during training: the averaged weights, the same noise every time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_ds import distributed, latents, samplers, zero
+from dit_ds.config import Config
+from dit_ds.shards import Manifest
+
+
+class Preview:
+    """Samples on all ranks, each its slice, and decodes on rank 0.
+
+    Raises:
+        ValueError: previews are asked for and the VAE cannot be loaded or is not the data's.
+    """
+
+    def __init__(self, cfg: Config, manifest: Manifest) -> None:
+        self._cfg, self._manifest = cfg, manifest
+        self._classes = min(cfg.preview.classes, manifest.num_classes)
+        self.columns = cfg.preview.per_class
+        """Images of a row; each row is a class."""
+        self._vae = None
+        self._settings = samplers.SamplerSettings(
+            sampler=cfg.preview.sampler,
+            steps=cfg.preview.steps,
+            cfg_scale=cfg.preview.cfg_scale,
+            seed=cfg.seed,
+            batch_size=cfg.train.micro_batch_size,
+        )
+        if cfg.preview.every and distributed.is_main():
+            name = cfg.preview.vae or manifest.vae.name
+            try:
+                self._vae = latents.load_vae(name)
+            except ValueError as e:
+                raise ValueError(
+                    f"preview.vae={name}: {e}; give its folder, or preview.every=0 for no pictures"
+                ) from e
+
+    def due(self, step: int) -> bool:
+        """Whether a grid is wanted after this step."""
+        return self._cfg.preview.every > 0 and step % self._cfg.preview.every == 0
+
+    def images(self, engine: Any) -> np.ndarray | None:
+        """(N, H, W, 3) uint8 on rank 0, class after class; None elsewhere. A collective.
+
+        Leaves the weights bitwise as they were.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        total = self._classes * self.columns
+        # At stage 3 every forward pass is a collective, so all ranks sample equally many.
+        each = -(-total // world)
+        ids = torch.arange(rank * each, (rank + 1) * each) % total
+        engine.eval()
+        with zero.averaged_weights(engine):
+            mine = samplers.sample(
+                engine,
+                self._settings,
+                classes=ids // self.columns,
+                latent_shape=self._manifest.latent_shape,
+                num_classes=self._manifest.num_classes,
+                image_ids=ids.tolist(),
+                num_timesteps=self._cfg.objective.num_timesteps,
+                learn_sigma=self._cfg.model.learn_sigma,
+                device=distributed.device(),
+                progress=False,
+            )
+        engine.train()
+        z = torch.cat(distributed.gather_tensor(mine))[:total]
+        if self._vae is None:
+            return None
+        space = latents.LatentSpace(self._manifest.scaling_factor, self._manifest.shift_factor)
+        return latents.decode(self._vae, z, space)

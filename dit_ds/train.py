@@ -1,0 +1,332 @@
+"""Train a diffusion transformer; the loop reads top to bottom in `train`.
+
+    deepspeed [--hostfile launch/hosts] --module dit_ds.train --config RECIPE_OR_YAML \
+        [--run runs/NAME] [--deepspeed_config ds_configs/zero2.json] [section.key=value ...]
+
+Run the same command again to resume. SIGUSR1 to a rank: all save at the next step. SIGTERM: all
+save and end with 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from dit_ds import (
+    __version__,
+    checkpoint,
+    config,
+    distributed,
+    files,
+    launched,
+    optim,
+    zero,
+)
+from dit_ds.latents import LatentSpace
+from dit_ds.loader import Loader, Split
+from dit_ds.models import DIT_MODELS, DiT
+from dit_ds.monitor import Monitor
+from dit_ds.objectives import DDPM
+from dit_ds.preview import Preview
+from dit_ds.shards import Manifest, check_files
+
+DEEPSPEED_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+
+
+@dataclasses.dataclass
+class State:
+    """Where the training is. Order and draws follow from the step, so this is all there is."""
+
+    step: int
+    last_step: int
+    global_batch: int
+    stop: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether no further step is wanted."""
+        return self.stop or self.step >= self.last_step
+
+    @property
+    def images_seen(self) -> int:
+        """Samples trained on so far."""
+        return self.step * self.global_batch
+
+
+def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
+    """Train from the newest checkpoint of `run`, or from the beginning, to `train.steps`."""
+    directory = Path(cfg.data.path)
+    with distributed.agreed():
+        manifest = Manifest.load(directory)
+        check_files(directory, manifest)
+    found = checkpoint.newest(run / "checkpoints")
+    with distributed.agreed():
+        if found is not None:
+            check_resume(found, cfg, ds_config, manifest)
+    split = Split.of(
+        global_batch=cfg.train.global_batch_size,
+        world_size=distributed.world_size(),
+        micro_batch=cfg.train.micro_batch_size,
+    )
+    about = describe(cfg, ds_config, manifest)
+    with distributed.agreed():
+        objective = DDPM(
+            manifest.num_classes,
+            class_dropout=cfg.objective.class_dropout,
+            num_timesteps=cfg.objective.num_timesteps,
+            learn_sigma=cfg.model.learn_sigma,
+        )
+        preview = Preview(cfg, manifest)
+    state = State(found.step if found else 0, cfg.train.steps, cfg.train.global_batch_size)
+    if state.done:
+        distributed.print_main(
+            f"{run} is finished at step {state.step}; for more, set train.steps above that"
+        )
+        return
+    engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
+    if found is not None:
+        checkpoint.load(engine, found)
+    announce(cfg, ds_config, run, split, state, engine)
+    space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
+    device = distributed.device()
+    loader = Loader(
+        directory,
+        manifest,
+        split,
+        lanes=cfg.lanes,
+        window=cfg.data.window,
+        seed=cfg.seed,
+        flip=cfg.data.flip,
+        first_step=state.step,
+        last_step=state.last_step,
+        workers=cfg.data.workers,
+    )
+    monitor = Monitor(run, cfg, step=state.step)
+    requests = launched.Requests(stop_after_hours=cfg.train.stop_after_hours)
+
+    # The mean over the global batch: DeepSpeed averages over ranks and leaves micro-steps to us.
+    share = split.world_size / split.global_batch
+    saved_step = state.step
+    while not state.done:
+        lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
+        optim.set_learning_rate(zero.client_optimizer(engine), lr)
+        for micro in loader.next():
+            micro = micro.to(device)
+            x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
+            losses = objective.loss(engine, x_start, micro)  # each (N,)
+            loss = (losses["loss"] * micro.weight).sum() * share
+            engine.backward(loss, scale_wrt_gas=False)
+            engine.step()  # acts at the last micro-batch
+            monitor.add(losses, micro, cfg.objective.num_timesteps)
+        state.step += 1
+        monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)
+
+        began = time.perf_counter()
+        asked = requests.agreed()
+        state.stop = asked == launched.STOP
+        if preview.due(state.step):
+            images = preview.images(engine)
+            if images is not None:
+                monitor.show(images, columns=preview.columns, step=state.step)
+        if asked or state.done or state.step % cfg.train.checkpoint_every == 0:
+            root, keep = run / "checkpoints", cfg.train.keep_checkpoints
+            about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
+            try:
+                checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
+                saved_step = state.step
+            except distributed.RankError as e:
+                if state.done:
+                    raise
+                monitor.say(f"WARNING: {e}; training goes on and tries again at the next save")
+        monitor.pause(time.perf_counter() - began)
+    monitor.close()
+    why = "stopped as asked" if state.step < state.last_step else "done"
+    distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
+
+
+def describe(
+    cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest
+) -> dict[str, Any]:
+    """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
+    channels, height, width = manifest.latent_shape
+    if height != width:
+        raise ValueError(f"latents of {height}x{width} are not square; encode square images")
+    sizes = cfg.model.model_dump(exclude={"name", "checkpoint_every"})
+    if cfg.model.name is not None:
+        if cfg.model.name not in DIT_MODELS:
+            raise config.unknown("model.name", cfg.model.name, DIT_MODELS)
+        sizes |= DIT_MODELS[cfg.model.name]
+    model = sizes | {
+        "input_size": height,
+        "in_channels": channels,
+        "num_classes": manifest.num_classes,
+    }
+    return {
+        "config": cfg.model_dump(mode="json"),
+        "precision": config.precision(ds_config),
+        "dataset": manifest.fingerprint,
+        "weights": {
+            "model": model,
+            "latent_shape": list(manifest.latent_shape),
+            "scaling_factor": manifest.scaling_factor,
+            "shift_factor": manifest.shift_factor,
+            "image_size": manifest.image_size,
+            "class_names": list(manifest.class_names),
+            "num_timesteps": cfg.objective.num_timesteps,
+            "vae": manifest.vae.name,
+            "vae_sha256": manifest.vae.sha256,
+            "dataset": manifest.fingerprint,
+        },
+    }
+
+
+def check_resume(
+    found: checkpoint.Checkpoint,
+    cfg: config.Config,
+    ds_config: dict[str, Any],
+    manifest: Manifest,
+) -> None:
+    """Refuse to continue a run with other mathematics, precision or data.
+
+    Raises:
+        ValueError: names what changed, and the remedy.
+    """
+    before = config.parse(found.about["config"], source=str(found.path))
+    config.check_resume(before, cfg)
+    was, now = found.about["precision"], config.precision(ds_config)
+    if was != now:
+        raise ValueError(
+            f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
+            f"{was}, or start another run with --run runs/OTHER_NAME"
+        )
+    if found.about["dataset"] != manifest.fingerprint and not cfg.data.allow_change:
+        raise ValueError(
+            f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
+            "the old one, or set data.allow_change=true to go on with this one"
+        )
+
+
+def build_engine(
+    cfg: config.Config, ds_config: dict[str, Any], split: Split, sizes: dict[str, Any]
+) -> Any:
+    """The DeepSpeed engine around the model and its optimizer."""
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    resolved = ds_config | {
+        "train_micro_batch_size_per_gpu": split.micro_batch,
+        "gradient_accumulation_steps": split.num_micro,
+        # At stage 0 DeepSpeed clips but tells no norm and applies NaN: the optimizer does both.
+        "gradient_clipping": cfg.optimizer.gradient_clipping if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": ds_config.get("steps_per_print", 2**31),
+    }
+    with deepspeed.zero.Init(config_dict_or_path=resolved, enabled=stage == 3):
+        model = DiT(**sizes, checkpoint_every=cfg.model.checkpoint_every)
+    # Values follow from name and seed alone, so all stages and worlds start from the same weights.
+    model.initialize_weights(cfg.seed, gather=lambda p: zero.gathered(p, write=True))
+    optimizer = optim.build(model.parameters(), cfg.optimizer, zero_stage=stage)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=resolved, dist_init_required=False
+    )
+    with distributed.agreed():
+        zero.check_engine(engine)
+    return engine
+
+
+def announce(
+    cfg: config.Config,
+    ds_config: dict[str, Any],
+    run: Path,
+    split: Split,
+    state: State,
+    engine: Any,
+) -> None:
+    """Say what is about to happen, and write it into the run directory."""
+    hosts = distributed.gather_json(f"{platform.node()} {_device_name()}")
+    with distributed.agreed():
+        if distributed.is_main():
+            run.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(run / "config.yaml", cfg.to_yaml())
+            files.write_atomically(run / "ds_config.json", json.dumps(ds_config, indent=1))
+            environment = {
+                "dit_ds": __version__,
+                "git": _git_commit(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+                "ranks": hosts,
+                "started_at_step": state.step,
+            }
+            files.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
+    num_parameters = sum(map(_numel, zero.parameter_shapes(engine).values()))
+    say = distributed.print_main
+    say(
+        f"{cfg.model.name or 'DiT'} with {num_parameters / 1e6:.1f} M parameters, "
+        f"{config.precision(ds_config)}, ZeRO stage {engine.zero_optimization_stage()}"
+    )
+    say(
+        f"{split.world_size} ranks x {split.num_micro} micro-steps x {split.micro_batch} samples "
+        f"for a global batch of {split.global_batch}"
+        + (f"; {split.padding:.1%} of the work is padding" if split.padding else "")
+    )
+    say(f"{'resuming at' if state.step else 'from'} step {state.step} to {state.last_step}: {run}")
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _device_name() -> str:
+    device = distributed.device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, join the other ranks and train; exit 2 on a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="dit_ds.train", description="Train a diffusion transformer with DeepSpeed."
+    )
+    parser.add_argument("--config", required=True, help="a recipe's name, or a YAML file")
+    parser.add_argument("--run", type=Path, help="run directory (default: runs/NAME)")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, default=DEEPSPEED_CONFIG, help="default: %(default)s"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(arguments)
+    deepspeed.utils.logger.setLevel("WARNING")
+    try:
+        distributed.init()
+        with distributed.agreed():
+            cfg = config.load(args.config, args.overrides)
+            ds_config = config.load_deepspeed(args.deepspeed_config)
+            launched.check(expect_ranks=cfg.train.expect_ranks)
+        train(cfg, ds_config, args.run or Path("runs") / cfg.name)
+    except ValueError as e:
+        distributed.exit_with(e)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

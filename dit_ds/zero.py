@@ -1,0 +1,246 @@
+"""Where a DeepSpeed engine keeps each parameter's float32 state, at every ZeRO stage.
+
+The checkpoint, the export and the previews need to know which elements of which parameter this
+rank holds. DeepSpeed has no public name for it (and `_hp_mapping` is wrong under
+`round_robin_gradients`), so the private names stand here and nowhere else, and `check_engine`
+compares them with the installed version at the start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+@dataclasses.dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + length) of a parameter, kept at [start, ...) of a flat tensor."""
+
+    name: str
+    offset: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A float32 tensor of master weights that the client optimizer knows as one parameter.
+
+    tensor: the key into the optimizer's state. group: index of its param group.
+    fragments: what it holds; the rest is padding. owned: whether this rank writes it (at stage 0
+    all ranks hold the same).
+    """
+
+    tensor: torch.Tensor
+    group: int
+    fragments: tuple[Fragment, ...]
+    owned: bool
+
+
+_NAMES_BY_KIND = {
+    "stage 3": (
+        "fp32_partitioned_groups_flat", "fp16_groups", "sub_group_to_group_id",
+        "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters",
+        "checkpoint_event_prologue", "checkpoint_event_epilogue",
+    ),
+    "BF16_Optimizer": (
+        "fp32_groups_flat_partition", "bf16_groups", "bf16_groups_flat", "real_dp_process_group",
+        "update_lp_params", "_lazy_init_hp_params_optimizer_state",
+    ),
+    "stage 1 or 2": (
+        "single_partition_of_fp32_groups", "bit16_groups", "bit16_groups_flat",
+        "real_dp_process_group", "update_lp_params", "_lazy_init_hp_params_optimizer_state",
+    ),
+    "stage 0": ("param_groups", "state"),
+}  # fmt: skip
+
+
+def _kind(engine: Any) -> str:
+    names = ("fp32_partitioned_groups_flat", "bf16_groups", "single_partition_of_fp32_groups")
+    for kind, name in zip(_NAMES_BY_KIND, names, strict=False):
+        if hasattr(engine.optimizer, name):
+            return kind
+    return "stage 0"
+
+
+def check_engine(engine: Any) -> None:
+    """Refuse an engine whose layout is not the one this file knows.
+
+    Raises:
+        ValueError: names DeepSpeed's version, what is missing and the remedy.
+    """
+    kind, expected = _kind(engine), engine.zero_optimization_stage()
+    missing = [n for n in _NAMES_BY_KIND[kind] if not hasattr(engine.optimizer, n)]
+    known = {"stage 3": (3,), "BF16_Optimizer": (1,), "stage 1 or 2": (1, 2), "stage 0": (0,)}[kind]
+    if missing or expected not in known:
+        raise ValueError(
+            f"deepspeed=={deepspeed.__version__} keeps the state of ZeRO stage {expected} in an "
+            f"unknown way ({type(engine.optimizer).__name__}, missing {missing}); install the "
+            "version that constraints.txt pins"
+        )
+
+
+def client_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that was handed to `deepspeed.initialize`."""
+    return engine.basic_optimizer
+
+
+def parameter_shapes(engine: Any) -> dict[str, list[int]]:
+    """Full shape of every trained parameter, whatever part of it this rank holds."""
+    return {
+        name: list(getattr(p, "ds_shape", p.shape))
+        for name, p in engine.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def flats(engine: Any) -> list[Flat]:
+    """The master weights on this rank, with what each holds of which parameter."""
+    names, optimizer = engine.param_names, engine.optimizer
+    return {
+        "stage 3": _flats_of_stage_3,
+        "BF16_Optimizer": _flats_of_stage_1_and_2,
+        "stage 1 or 2": _flats_of_stage_1_and_2,
+        "stage 0": _flats_of_stage_0,
+    }[_kind(engine)](optimizer, names)
+
+
+def _flats_of_stage_3(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
+    found = []
+    for i, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        fragments, start = [], 0
+        for p in optimizer.fp16_groups[i]:
+            size = p.partition_numel()
+            offset = optimizer._get_param_partition_rank(p) * size
+            length = max(0, min(size, p.ds_numel - offset))  # the last rank's tail is padding
+            if length:
+                fragments.append(Fragment(names[p], offset, start, length))
+            start += size
+        assert start == flat.numel(), (start, flat.numel())
+        found.append(Flat(flat, optimizer.sub_group_to_group_id[i], tuple(fragments), owned=True))
+    return found
+
+
+def _flats_of_stage_1_and_2(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
+    if hasattr(optimizer, "bf16_groups"):
+        masters, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        weights = optimizer.bf16_groups_flat
+    else:
+        masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        weights = optimizer.bit16_groups_flat
+    found = []
+    for i, flat in enumerate(masters):
+        process_group = optimizer.real_dp_process_group[i]
+        size = weights[i].numel() // dist.get_world_size(group=process_group)
+        low = dist.get_rank(group=process_group) * size
+        storage = weights[i].untyped_storage().data_ptr()
+        fragments = []
+        for p in groups[i]:
+            # Parameters are views of the group's flat weights: their offset there is the layout.
+            assert p.data.untyped_storage().data_ptr() == storage, names[p]
+            at = p.data.storage_offset() - weights[i].storage_offset()
+            begin, end = max(at, low), min(at + p.numel(), low + size)
+            if begin < end:
+                fragments.append(Fragment(names[p], begin - at, begin - low, end - begin))
+        found.append(Flat(flat, i, tuple(fragments), owned=True))
+    return found
+
+
+def _flats_of_stage_0(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
+    return [
+        Flat(p, i, (Fragment(names[p], 0, 0, p.numel()),), owned=dist.get_rank() == 0)
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    ]
+
+
+@contextlib.contextmanager
+def writing_masters(engine: Any) -> Iterator[None]:
+    """A block that changes master weights; afterwards the working weights are the rounded masters.
+
+    A collective: all ranks enter and leave together.
+    """
+    optimizer, kind = engine.optimizer, _kind(engine)
+    if kind == "stage 3":
+        optimizer.checkpoint_event_prologue()  # releases gathered parameters
+    with torch.no_grad():
+        yield
+        if kind == "stage 3":
+            for i in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            optimizer.checkpoint_event_epilogue()  # gathers the persistent ones again
+        elif kind != "stage 0":
+            optimizer.update_lp_params()
+
+
+def link_state(engine: Any) -> None:
+    """After optimizer state was filled from outside: let DeepSpeed's own accessors see it."""
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def averaged_weights(engine: Any) -> Iterator[None]:
+    """The model computes with the EMA weights inside the block; a collective on both ends.
+
+    Masters and averages change places, shard by shard, so no rank ever needs a whole copy; changing
+    back restores every bit.
+    """
+    _exchange(engine)
+    try:
+        yield
+    finally:
+        _exchange(engine)
+
+
+def _exchange(engine: Any) -> None:
+    state = client_optimizer(engine).state
+    with writing_masters(engine):
+        for flat in flats(engine):
+            if "ema" in state[flat.tensor]:  # absent until the first step that was applied
+                average, kept = state[flat.tensor]["ema"], flat.tensor.detach().clone()
+                flat.tensor.copy_(average)
+                average.copy_(kept)
+
+
+def unsharded(engine: Any) -> dict[str, torch.Tensor]:
+    """What no optimizer owns: buffers and frozen parameters, by name."""
+    tensors = {name: b for name, b in engine.module.named_buffers()}
+    tensors |= {name: p for name, p in engine.module.named_parameters() if not p.requires_grad}
+    return tensors
+
+
+@contextlib.contextmanager
+def gathered(tensor: torch.Tensor, *, write: bool = False) -> Iterator[None]:
+    """The whole of a parameter that stage 3 has cut up; with `write`, rank 0's version stays."""
+    if hasattr(tensor, "ds_id"):
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if write else None):
+            yield
+    else:
+        yield
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """The fp16 loss scaler's counters; empty where nothing is scaled dynamically."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not getattr(scaler, "dynamic", False):
+        return {}
+    return {name: getattr(scaler, name) for name in _SCALER_FIELDS}
+
+
+def load_loss_scaler_state(engine: Any, state: dict[str, float]) -> None:
+    """Restore what `loss_scaler_state` returned, if this engine scales at all."""
+    if loss_scaler_state(engine):
+        for name in _SCALER_FIELDS:
+            if name in state:
+                setattr(engine.optimizer.loss_scaler, name, state[name])

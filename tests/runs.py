@@ -1,0 +1,61 @@
+"""What tests run in ranks, and what they read back from a run directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def train(*arguments: str) -> None:
+    """`dit_ds.train` in a forked rank."""
+    from dit_ds import train
+
+    train.main(arguments)
+
+
+def arguments(tiny: dict[str, Any], ds_config: Path | str, *overrides: str) -> list[str]:
+    """The command line of a run of the `tiny` fixture."""
+    recipe, run = str(tiny["recipe"]), str(tiny["run"])
+    return ["--config", recipe, "--run", run, "--deepspeed_config", str(ds_config), *overrides]
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> Path:
+    """`tree` as a file."""
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The logged losses, step after step."""
+    return [m["loss"] for m in metrics(run)]
+
+
+def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds, put together: `KEY/PARAMETER` and `module/BUFFER`."""
+    from dit_ds import checkpoint
+
+    found = checkpoint.Checkpoint.open(run / "checkpoints" / f"step-{step:08d}")
+    ranges = checkpoint.Ranges(found)
+    state = {
+        f"{key}/{name}": ranges.whole(key, name, shape)
+        for name, shape in found.shapes.items()
+        for key in ranges.keys(name)
+    }
+    for name, values in ranges.scalars.items():
+        state |= {f"{key}/{name}": torch.tensor(v) for key, v in values.items()}
+    return state | {f"module/{k}": v for k, v in checkpoint.unsharded(found).items()}
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Two states hold the same tensors, bitwise."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ: {different[:5]}"

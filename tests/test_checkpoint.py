@@ -1,0 +1,223 @@
+"""A checkpoint exists or it does not, holds everything, and loads in any topology."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dit_ds import checkpoint, distributed
+from tests import runs
+from tests.conftest import run_ranks
+
+FP32, BF16 = {}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def ds_config(folder: Path, stage: int, precision: dict[str, Any], **zero: Any) -> Path:
+    tree = {"zero_optimization": {"stage": stage, **zero}, **precision}
+    return runs.write_json(folder / f"ds-{stage}.json", tree)
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "precision", "zero"),
+    [
+        (0, 2, FP32, {}),
+        (1, 2, BF16, {}),
+        (2, 2, FP32, {}),
+        (2, 3, BF16, {"round_robin_gradients": True}),
+        (3, 2, FP32, {}),
+        (3, 2, BF16, {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}),
+        (2, 2, BF16, OFFLOAD),
+        (2, 2, {"fp16": {"enabled": True, "initial_scale_power": 8}}, {}),
+    ],
+    ids=str,
+)
+def test_resume_is_bitwise(
+    tiny: dict[str, Any], tmp_path: Path, stage: int, world: int, precision: Any, zero: Any
+) -> None:
+    ds = ds_config(tmp_path, stage, precision, **zero)
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds))
+    undisturbed, curve = runs.state_of(tiny["run"], 6), runs.metrics(tiny["run"])
+    tiny["run"] = tmp_path / "resumed"
+    # A finished run goes on when it is given a longer length.
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds, "train.steps=3"))
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds, "train.steps=6"))
+    runs.assert_same_bits(undisturbed, runs.state_of(tiny["run"], 6))
+    assert runs.losses(tiny["run"]) == [m["loss"] for m in curve]
+    indexes = [
+        json.loads((run / "checkpoints/step-00000006/index.json").read_text())
+        for run in (tmp_path / "run", tiny["run"])
+    ]
+    for key in ("engine", "loss_scaler", "groups", "step"):
+        assert indexes[0][key] == indexes[1][key]
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+def test_state_is_bitwise_the_same_in_any_topology(
+    tiny: dict[str, Any], tmp_path: Path, precision: Any
+) -> None:
+    steps = ["train.steps=3"]
+    first = ds_config(tmp_path, 2, precision)
+    run_ranks(2, runs.train, *runs.arguments(tiny, first, *steps))
+    expected = runs.state_of(tiny["run"], 3)
+    stages = [(3, 1), (1, 3), (3, 4), (2, 1), (3, 2)] + ([(0, 2)] if not precision else [])
+    for stage, world in stages:
+        ds = ds_config(tmp_path, stage, precision)
+        found = run_ranks(world, load_and_save, tiny, str(ds), str(tmp_path / "again"))
+        runs.assert_same_bits(expected, runs.state_of(tmp_path / "again", 3))
+        # The working weights are the rounded masters, on every rank.
+        dtype = torch.bfloat16 if precision else torch.float32
+        for weights in found:
+            for name, values in weights.items():
+                master = expected[f"fp32/{name}"].to(dtype).double()
+                assert torch.equal(torch.tensor(values).view(-1), master.view(-1)), name
+
+
+def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[float]]:
+    """Load a run's checkpoint into a fresh engine of this world and stage, and save it again."""
+    from dit_ds import config, train, zero
+    from dit_ds.loader import Split
+    from dit_ds.shards import Manifest
+
+    distributed.init()
+    cfg, tree = config.load(str(tiny["recipe"])), config.load_deepspeed(ds)
+    about = train.describe(cfg, tree, Manifest.load(cfg.data.path))
+    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
+    engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
+    found = checkpoint.newest(Path(tiny["run"]) / "checkpoints")
+    assert found is not None
+    checkpoint.load(engine, found)
+    checkpoint.save(engine, Path(out) / "checkpoints", step=3, about=about, keep=1)
+    weights = {}
+    for name, p in engine.module.named_parameters():
+        with zero.gathered(p):
+            weights[name] = p.detach().double().flatten().tolist()
+    distributed.shutdown()
+    return weights
+
+
+@pytest.fixture
+def saved(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A run with checkpoints at steps 3 and 6, of two ranks at stage 2."""
+    tiny["ds"] = ds_config(tmp_path, 2, FP32)
+    run_ranks(2, runs.train, *runs.arguments(tiny, tiny["ds"]))
+    tiny["six"] = tiny["run"] / "checkpoints" / "step-00000006"
+    return tiny
+
+
+def newest(root: str) -> int:
+    found = checkpoint.newest(Path(root))
+    return found.step if found else 0
+
+
+@pytest.mark.parametrize(
+    "damage", ["altered", "cut", "missing", "index", "half an index", "no latest", "not told of"]
+)
+def test_damage_is_named_and_the_one_before_is_used(
+    saved: dict[str, Any], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, six = saved["run"] / "checkpoints", saved["six"]
+    part = six / "rank-00001.safetensors"
+    data = bytearray(part.read_bytes())
+    if damage == "altered":
+        data[-9] ^= 1
+        part.write_bytes(data)
+    elif damage == "cut":
+        part.write_bytes(data[:-1])
+    elif damage == "missing":
+        part.unlink()
+    elif damage == "index":
+        (six / "index.json").write_text("{}")
+    elif damage == "half an index":
+        text = (six / "index.json").read_text()
+        (six / "index.json").write_text(text[: len(text) // 2])
+    elif damage == "no latest":
+        (root / "latest").unlink()
+        assert newest(str(root)) == 6
+        return
+    else:  # renamed, and killed before `latest`
+        (root / "latest").write_text("step-00000003\n")
+    assert newest(str(root)) == 3
+    if damage not in ("not told of",):
+        told = capsys.readouterr().out
+        assert "WARNING" in told and str(six) in told
+    # Training goes on from there and ends where the undisturbed run did.
+    expected = runs.losses(saved["run"])
+    run_ranks(2, runs.train, *runs.arguments(saved, saved["ds"]))
+    assert runs.losses(saved["run"]) == expected and newest(str(root)) == 6
+
+
+def test_no_usable_checkpoint_is_not_a_fresh_start(saved: dict[str, Any]) -> None:
+    for part in saved["run"].glob("checkpoints/*/rank-00000.safetensors"):
+        part.write_bytes(b"")
+    told = run_ranks(2, runs.train, *runs.arguments(saved, saved["ds"]), expect=2)
+    assert "no checkpoint in" in told[0] and "is usable" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda i: i["files"]["rank-00000.safetensors"]["fragments"].popitem(), "has a gap"),
+        (lambda i: i["files"].update({"../x.safetensors": {}}), "strange file"),
+        (lambda i: i.update(format=99), "format 99"),
+        (lambda i: i.pop("parameters"), "damaged"),
+    ],
+)
+def test_an_index_that_does_not_add_up_is_refused(
+    saved: dict[str, Any], change: Any, sentence: str
+) -> None:
+    path = saved["six"] / "index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(checkpoint.CheckpointError, match=sentence):
+        checkpoint.Checkpoint.open(saved["six"])
+
+
+def with_small_files(limit: int, *arguments: str) -> None:
+    """Train where no file can grow beyond `limit` bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    runs.train(*arguments)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(saved: dict[str, Any]) -> None:
+    arguments = runs.arguments(saved, saved["ds"], "train.steps=9", "train.checkpoint_every=2")
+    size = (saved["six"] / "rank-00000.safetensors").stat().st_size
+    told = run_ranks(2, with_small_files, size // 2, *arguments, expect=2)
+    assert "training goes on and tries again" in told[0]  # at step 8
+    assert "step-00000009 could not be written" in told[0]  # the last save must not fail
+    root = saved["run"] / "checkpoints"
+    assert newest(str(root)) == 6
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003", "step-00000006"]
+
+
+def test_old_checkpoints_are_removed_after_new_ones_are_committed(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    ds = ds_config(tmp_path, 1, FP32)
+    arguments = runs.arguments(tiny, ds, "train.checkpoint_every=1", "train.keep_checkpoints=2")
+    run_ranks(1, runs.train, *arguments)
+    root = tiny["run"] / "checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000005", "step-00000006"]
+
+
+def test_another_model_is_refused_by_name(saved: dict[str, Any], tmp_path: Path) -> None:
+    found = checkpoint.Checkpoint.open(saved["six"])
+    shapes = {k: list(v) for k, v in found.shapes.items()} | {"blocks.0.mlp.fc1.bias": [7]}
+    with pytest.raises(checkpoint.CheckpointError, match=r"blocks\.0\.mlp\.fc1\.bias"):
+        checkpoint._check_model(shapes, found)
+
+
+def test_a_killed_save_leaves_nothing_behind(saved: dict[str, Any]) -> None:
+    root = saved["run"] / "checkpoints"
+    shutil.copytree(saved["six"], root / ".step-00000008.tmp")
+    (root / ".step-00000008.tmp" / "index.json").unlink()
+    assert newest(str(root)) == 6
+    run_ranks(2, runs.train, *runs.arguments(saved, saved["ds"], "train.steps=7"))
+    assert not list(root.glob(".*"))
