@@ -214,7 +214,9 @@ class Checkpoint:
                     raise CheckpointError(f"{self.path}: {name} has a gap or an overlap at {at}")
                 at += length
             if at != math.prod(shape):
-                raise CheckpointError(f"{self.path}: {name} holds {at} of {math.prod(shape)} values")
+                raise CheckpointError(
+                    f"{self.path}: {name} holds {at} of {math.prod(shape)} values"
+                )
 
     def verify(self, names: Iterable[str]) -> None:
         """Compare size and checksum of these files with the index.

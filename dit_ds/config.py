@@ -36,7 +36,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """Which latents, and in which order. Image size, channels and classes come from the manifest."""
+    """Which latents, in which order. Image size, channels and classes come with the data."""
 
     path: str = ""
     """Folder of a `manifest.json`, as tools/precompute_latents.py writes it."""
@@ -168,8 +168,8 @@ class Config(Section):
             )
         if self.optimizer.schedule == "cosine" and self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves the cosine no step of "
-                f"train.steps={self.train.steps}; shorten the warm-up"
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves the cosine no step "
+                f"of train.steps={self.train.steps}; shorten the warm-up"
             )
         return self
 
@@ -222,7 +222,12 @@ def parse(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as e:
-        raise ConfigError(f"{source}: " + "\n".join(_sentence(fault) for fault in e.errors())) from None
+        raise section_error(source, e) from None
+
+
+def section_error(source: str, error: pydantic.ValidationError) -> ConfigError:
+    """The same faults as one sentence each."""
+    return ConfigError(f"{source}: " + "\n".join(_sentence(fault) for fault in error.errors()))
 
 
 def check_resume(old: Config, new: Config) -> None:

@@ -362,7 +362,7 @@ def run_report(args: argparse.Namespace) -> None:
     started = time.monotonic()
     images, labels = read_images(args.images)
     generated, asked = read_generated(args.generated)
-    vae = AutoencoderKL.from_pretrained(args.vae, local_files_only=True)
+    vae = AutoencoderKL.from_pretrained(args.vae, local_files_only=True, low_cpu_mem_usage=False)
     report = make_report(images, labels, generated, asked, vae)
     report["seconds"] = math.ceil(args.seconds + time.monotonic() - started)
     print(format_report(report))

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -206,7 +206,7 @@ class agreed:  # noqa: N801 - read as a statement: `with agreed():`
             agree(error)
 
 
-def exit_with(error: ValueError) -> None:
+def exit_with(error: ValueError) -> NoReturn:
     """Print a user's error once, from rank 0, without a traceback, and exit with 2."""
     if is_main() or not isinstance(error, RankError):
         print(f"error: {error}", file=sys.stderr, flush=True)

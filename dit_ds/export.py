@@ -74,7 +74,7 @@ def from_run(run: Path) -> Weights:
         raise ValueError(f"--run {run}: no such folder; runs lie in runs/ as a rule")
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
-        raise ValueError(f"--run {run}: no checkpoint there yet; train until the first one is saved")
+        raise ValueError(f"--run {run}: no checkpoint yet; train until the first one is saved")
     ranges = checkpoint.Ranges(found)
     state = dict(checkpoint.unsharded(found))
     for name, shape in found.shapes.items():
@@ -89,15 +89,11 @@ def save(weights: Weights, path: Path) -> None:
     """Write FILE.safetensors and FILE.json, each whole or not at all."""
     _check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({k: v.contiguous() for k, v in weights.state.items()}, aside)
-        files.sync(aside)
-        aside.replace(path)
+        with files.atomic_path(path) as temporary:
+            save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary)
     except SafetensorError as e:
         raise OSError(f"{path}: {e}") from e
-    finally:
-        aside.unlink(missing_ok=True)
     about = json.dumps(dataclasses.asdict(weights.about), indent=1) + "\n"
     files.write_atomically(path.with_suffix(".json"), about)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _CHUNK = 1 << 22
 
@@ -27,13 +30,33 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A name to write to; what lies there afterwards appears under `path` whole, or not at all.
+
+    A leftover of a process that was killed has the suffix `.tmp`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk would not say which
+        raise
+    sync(path.parent)  # the rename is on the disk only after this
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """The same as an open file."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by `text`; after a crash it holds the old bytes or the new ones."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(text)
-        sync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+    with atomic_file(path) as file:
+        file.write(text.encode())

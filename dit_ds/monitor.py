@@ -7,7 +7,6 @@ slow the training. Rank 0 writes; the sums come from all ranks.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dit_ds import distributed, latents
+from dit_ds import distributed, files, latents
 from dit_ds.config import Config
 from dit_ds.loader import Loader, MicroBatch
 
@@ -160,6 +159,4 @@ def _drop_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # a line that a kill cut short
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    files.write_atomically(path, "".join(kept))

@@ -187,7 +187,9 @@ class DDPM:
         Returns `training_losses` and the timesteps `t`, each (N,). Nothing is averaged, so that
         losses can be weighted and logged by timestep.
         """
-        t = (batch.time * self.schedule.num_timesteps).long().clamp(max=self.schedule.num_timesteps - 1)
+        num_timesteps = self.schedule.num_timesteps
+        # The product may round up to num_timesteps.
+        t = (batch.time * num_timesteps).long().clamp(max=num_timesteps - 1)
         y = torch.where(batch.drop < self.class_dropout, self.null_class, batch.y)
         return self.training_losses(model, x_start, t, y, batch.noise) | {"t": t}
 

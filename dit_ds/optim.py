@@ -19,9 +19,9 @@ from dit_ds import config
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter 2019) plus the EMA of the weights as state.
 
-    The decay at step t (from 1) is min(ema_decay, (1 + t) / (10 + t)), so that the first weights are
-    forgotten soon; the average starts from the initial weights. Elementwise, so the flat partitions
-    that ZeRO hands over are treated as the parameters themselves would be.
+    The decay at step t (from 1) is min(ema_decay, (1 + t) / (10 + t)), so that the first weights
+    are forgotten soon; the average starts from the initial weights. Elementwise, so the flat
+    partitions that ZeRO hands over are treated as the parameters themselves would be.
 
     At ZeRO stage 0 the engine calls this optimizer without a wrapper of its own. There, and only
     there, `max_grad_norm` is given: gradients are clipped here, and a step whose gradient is not

@@ -113,7 +113,7 @@ class _Plan:
         turn = draws.permutation(order.seed, "order", epoch, lane << 32, len(edges) - 1)
         self.first, self.count = edges[:-1][turn], np.diff(edges)[turn]
         ends = np.cumsum(self.count)
-        self.window_starts = np.concatenate([[0], ends])[:-1 : order.window]
+        self.window_starts = np.concatenate([[0], ends])[: -1 : order.window]
 
     def window_ids(self, number: int) -> np.ndarray:
         """The sample ids of a window, shuffled."""

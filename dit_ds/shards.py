@@ -18,13 +18,13 @@ import math
 import mmap
 import os
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
+
+from dit_ds.files import atomic_file
 
 MANIFEST_NAME = "manifest.json"
 _MOMENTS, _LABEL = ".moments.npy", ".cls"
@@ -118,28 +118,6 @@ class Manifest(_Frozen):
         """Write `manifest.json`, atomically, when all shards lie there."""
         with atomic_file(Path(directory) / MANIFEST_NAME) as file:
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole and on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk would not say which
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename is on the disk only after this
-    finally:
-        os.close(folder)
 
 
 def _npy(moments: np.ndarray) -> bytes:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 
 from dit_ds import (
@@ -79,8 +80,10 @@ def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
         world_size=distributed.world_size(),
         micro_batch=cfg.train.micro_batch_size,
     )
-    about = describe(cfg, ds_config, manifest)
     with distributed.agreed():
+        about = describe(cfg, ds_config, manifest)
+        with torch.device("meta"):  # sizes that do not fit are told before anything is built
+            DiT(**about["weights"]["model"])
         objective = DDPM(
             manifest.num_classes,
             class_dropout=cfg.objective.class_dropout,
@@ -94,7 +97,8 @@ def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
             f"{run} is finished at step {state.step}; for more, set train.steps above that"
         )
         return
-    engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
+    with distributed.agreed():
+        engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
         checkpoint.load(engine, found)
     announce(cfg, ds_config, run, split, state, engine)
@@ -155,9 +159,7 @@ def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
     distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
 
 
-def describe(
-    cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest
-) -> dict[str, Any]:
+def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
     channels, height, width = manifest.latent_shape
     if height != width:
@@ -231,16 +233,18 @@ def build_engine(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": ds_config.get("steps_per_print", 2**31),
     }
-    with deepspeed.zero.Init(config_dict_or_path=resolved, enabled=stage == 3):
-        model = DiT(**sizes, checkpoint_every=cfg.model.checkpoint_every)
-    # Values follow from name and seed alone, so all stages and worlds start from the same weights.
-    model.initialize_weights(cfg.seed, gather=lambda p: zero.gathered(p, write=True))
-    optimizer = optim.build(model.parameters(), cfg.optimizer, zero_stage=stage)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=resolved, dist_init_required=False
-    )
-    with distributed.agreed():
-        zero.check_engine(engine)
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=resolved, enabled=stage == 3):
+            model = DiT(**sizes, checkpoint_every=cfg.model.checkpoint_every)
+        # Values follow from name and seed alone: all stages and worlds start from the same ones.
+        model.initialize_weights(cfg.seed, gather=lambda p: zero.gathered(p, write=True))
+        optimizer = optim.build(model.parameters(), cfg.optimizer, zero_stage=stage)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=resolved, dist_init_required=False
+        )
+    except pydantic.ValidationError as e:  # DeepSpeed's own check of the sections of its JSON
+        raise config.section_error("--deepspeed_config", e) from None
+    zero.check_engine(engine)
     return engine
 
 

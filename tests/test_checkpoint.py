@@ -15,7 +15,8 @@ from dit_ds import checkpoint, distributed
 from tests import runs
 from tests.conftest import run_ranks
 
-FP32, BF16 = {}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+FP32: dict[str, Any] = {}
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 

@@ -96,9 +96,7 @@ def ledger(
     """For each step: (epoch, sample, class, hash of data and draws) of this rank's samples."""
     distributed.init()
     manifest = Manifest.load(folder)
-    split = Split.of(
-        global_batch=batch, world_size=distributed.world_size(), micro_batch=micro
-    )
+    split = Split.of(global_batch=batch, world_size=distributed.world_size(), micro_batch=micro)
     loader = Loader(
         Path(folder),
         manifest,

@@ -1,0 +1,84 @@
+"""The house: who may import whom. Imports go up this table only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO
+
+# Each module, with what it may import of ours; in the order in which things depend on each other.
+HOUSE: dict[str, set[str]] = {
+    "files": set(),
+    "config": set(),
+    "distributed": set(),
+    "draws": set(),
+    "models": set(),
+    "objectives": set(),
+    "optim": {"config"},
+    "latents": set(),
+    "shards": {"files"},
+    "order": {"draws"},
+    "loader": {"shards", "order", "draws", "distributed"},
+    "extract": {"latents", "shards", "distributed"},
+    "samplers": {"objectives", "draws"},
+    "zero": set(),
+    "checkpoint": {"distributed", "files", "zero"},
+    "export": {"models", "checkpoint", "files"},
+    "launched": {"distributed"},
+    "preview": {"config", "distributed", "latents", "samplers", "shards", "zero"},
+    "monitor": {"config", "distributed", "files", "latents", "loader"},
+    "digits": {"latents"},
+}
+HOUSE["train"] = set(HOUSE) - {"digits", "extract", "export", "draws", "order", "samplers"}
+KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
+KNOWS_TORCH_NOT = {"config", "files", "draws", "order", "shards"}
+MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Our own modules, and top-level names of others, that a file imports anywhere."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "dit_ds":
+                if len(parts) > 1 and not parts[1].startswith("_"):
+                    ours.add(parts[1])
+            else:
+                others.add(parts[0])
+    return ours, others
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_go_up_the_table(path: Path) -> None:
+    ours, others = imports(path)
+    assert ours <= HOUSE[path.stem], f"{path.stem} may not import {ours - HOUSE[path.stem]}"
+    assert "deepspeed" not in others or path.stem in KNOWS_DEEPSPEED
+    assert "torch" not in others or path.stem not in KNOWS_TORCH_NOT
+    assert "torchvision" not in others and "pickle" not in others
+
+
+@pytest.mark.parametrize("path", MODULES + sorted((REPO / "tools").glob("*.py")), ids=str)
+def test_files_are_one_idea_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_nothing_unpickles() -> None:
+    for path in [*MODULES, *(REPO / "tools").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node.func)
+                assert call not in ("torch.load", "pickle.load", "pickle.loads"), path
+                if call == "np.load":
+                    flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    assert flags.get("allow_pickle") == "False", f"{path}: {ast.unparse(node)}"
