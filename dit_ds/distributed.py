@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +36,10 @@ def init() -> None:
     global _control
     import deepspeed  # here, because it takes seconds that one-process tools need not wait
 
+    deepspeed.utils.logger.setLevel("WARNING")
+    # Said of every optimizer that is not DeepSpeed's own; the tests are where ours is tried.
+    deepspeed.utils.logger.addFilter(lambda r: "untested optimizer" not in r.getMessage())
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
     # A shared-memory collective that only inference uses; building it takes 30 s and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device().type == "cpu":

@@ -318,7 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)
-    deepspeed.utils.logger.setLevel("WARNING")
     try:
         distributed.init()
         with distributed.agreed():
