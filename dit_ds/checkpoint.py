@@ -13,27 +13,17 @@ differ from those of the save.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dit_ds import __version__, distributed, files, zero
-
-FORMAT = 1
-_MASTER = "fp32"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or that does not fit this model."""
-
+from dit_ds.archive import FORMAT, MASTER, Checkpoint, CheckpointError, Ranges, checksum, unsharded
 
 # ------------------------------------------------------------------------------------------ save
 
@@ -69,8 +59,9 @@ def save(engine: Any, root: Path, *, step: int, about: dict[str, Any], keep: int
             if distributed.is_main():
                 index = _index(engine, step, about) | {"files": {p.pop("name"): p for p in parts}}
                 index["files"]["module.safetensors"] = module
+                index["sha256"] = checksum(index)
                 files.write_atomically(aside / "index.json", json.dumps(index))
-                shutil.rmtree(path, ignore_errors=True)  # a damaged one, or we would not be here
+                _remove(path)  # a damaged one, or we would not be here
                 aside.rename(path)
                 files.sync(root)
                 files.write_atomically(root / "latest", path.name + "\n")
@@ -81,9 +72,21 @@ def save(engine: Any, root: Path, *, step: int, about: dict[str, Any], keep: int
             f"checkpoint {path} could not be written: {e}; older checkpoints are untouched"
         ) from e
     if distributed.is_main():
-        for old in _committed(root)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        names = [p.name for p in _committed(root)]
+        at = names.index(path.name)
+        # Those above were damaged or never told of, or training would have gone on from them.
+        for name in names[:at] + names[at + keep :]:
+            _remove(root / name)
     return path
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _write_rank(engine: Any, path: Path) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def _write_rank(engine: Any, path: Path) -> dict[str, Any]:
     for flat in zero.flats(engine):
         mine = state.get(flat.tensor, {})
         vectors = {k: v for k, v in mine.items() if v.shape == flat.tensor.shape}
-        vectors[_MASTER] = flat.tensor
+        vectors[MASTER] = flat.tensor
         for f in flat.fragments if flat.owned else ():
             fragments[f.name] = [f.offset, f.length]
             scalars[f.name] = {k: v.item() for k, v in mine.items() if k not in vectors}
@@ -154,131 +157,7 @@ def _committed(root: Path) -> list[Path]:
     return sorted((p for p in root.glob("step-*") if (p / "index.json").is_file()), reverse=True)
 
 
-# ------------------------------------------------------------------------------------------ read
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint: its folder and its index."""
-
-    path: Path
-    index: dict[str, Any]
-
-    @staticmethod
-    def open(path: Path) -> Checkpoint:
-        """Read and check the index; the files it names are not touched.
-
-        Raises:
-            CheckpointError: not a checkpoint, of another format, or not whole.
-        """
-        try:
-            index = json.loads((path / "index.json").read_text())
-            if index["format"] != FORMAT:
-                raise CheckpointError(
-                    f"{path}: checkpoint format {index['format']}, this version reads {FORMAT}"
-                )
-            checkpoint = Checkpoint(path, index)
-            checkpoint._check_ranges()
-        except OSError as e:
-            raise CheckpointError(f"{path}/index.json cannot be read ({e.strerror})") from e
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-            raise CheckpointError(f"{path}/index.json is damaged ({e!r})") from e
-        return checkpoint
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done when it was saved."""
-        return int(self.index["step"])
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What the saver handed to `save`."""
-        return self.index["about"]
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        """Shape of every trained parameter."""
-        return self.index["parameters"]
-
-    def _check_ranges(self) -> None:
-        ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in self.shapes}
-        for file, entry in self.index["files"].items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{self.path}/index.json names a strange file {file!r}")
-            for name, (offset, length) in entry.get("fragments", {}).items():
-                ranges[name].append((offset, length))
-        for name, shape in self.shapes.items():
-            at = 0
-            for offset, length in sorted(ranges[name]):
-                if offset != at:
-                    raise CheckpointError(f"{self.path}: {name} has a gap or an overlap at {at}")
-                at += length
-            if at != math.prod(shape):
-                raise CheckpointError(
-                    f"{self.path}: {name} holds {at} of {math.prod(shape)} values"
-                )
-
-    def verify(self, names: Iterable[str]) -> None:
-        """Compare size and checksum of these files with the index.
-
-        Raises:
-            CheckpointError: a file is missing, cut short or altered.
-        """
-        for name in names:
-            path, entry = self.path / name, self.index["files"][name]
-            try:
-                found = path.stat().st_size
-                if found != entry["bytes"]:
-                    raise CheckpointError(f"{path}: {found} bytes, {entry['bytes']} were written")
-                if files.sha256(path) != entry["sha256"]:
-                    raise CheckpointError(f"{path}: altered since it was written (checksum)")
-            except OSError as e:
-                raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from e
-
-
-class Ranges:
-    """Reads any range of any parameter's state, from whichever files hold it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._path = checkpoint.path
-        self._open: dict[str, Any] = {}
-        self._where: dict[str, list[tuple[int, int, str]]] = {}
-        self.scalars: dict[str, dict[str, float]] = {}
-        for file, entry in checkpoint.index["files"].items():
-            for name, (offset, length) in entry.get("fragments", {}).items():
-                self._where.setdefault(name, []).append((offset, length, file))
-            self.scalars.update(entry.get("scalars", {}))
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self._path / name, "pt")
-        return self._open[name]
-
-    def keys(self, name: str) -> list[str]:
-        """Which state a parameter has: `fp32`, `exp_avg`, `ema`, ..."""
-        held = self._file(self._where[name][0][2]).keys()
-        return sorted(key for key, _, rest in (k.partition("/") for k in held) if rest == name)
-
-    def read(self, key: str, name: str, offset: int, out: torch.Tensor) -> None:
-        """Fill the 1-D `out` with elements from `offset` on of one parameter's `key`."""
-        stop = offset + out.numel()
-        for start, length, file in self._where[name]:
-            low, high = max(offset, start), min(stop, start + length)
-            if low < high:
-                piece = self._file(file).get_slice(f"{key}/{name}")[low - start : high - start]
-                out[low - offset : high - offset].copy_(piece)
-
-    def whole(self, key: str, name: str, shape: list[int]) -> torch.Tensor:
-        """One parameter's `key`, float32, on the CPU."""
-        out = torch.empty(math.prod(shape), dtype=torch.float32)
-        self.read(key, name, 0, out)
-        return out.view(shape)
-
-
-def unsharded(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Buffers and frozen parameters of a checkpoint."""
-    with safe_open(checkpoint.path / "module.safetensors", "pt") as f:
-        return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
+# ------------------------------------------------------------------------------------------ load
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -290,14 +169,18 @@ def newest(root: Path) -> Checkpoint | None:
     Raises:
         RankError: there are checkpoints and none of them is usable.
     """
-    names = [p.name for p in _committed(root)]
-    if (root / "latest").is_file() and (last := (root / "latest").read_text().strip()) in names:
-        names = names[names.index(last) :]  # newer ones were renamed but never told of
+    names: list[str] = []
+    with distributed.agreed():
+        if distributed.is_main():
+            names, latest = [p.name for p in _committed(root)], root / "latest"
+            if latest.is_file() and (last := latest.read_text(errors="replace").strip()) in names:
+                names = names[names.index(last) :]  # newer ones were renamed but never told of
     faults = []
     for name in distributed.broadcast_json(names):
         try:
             with distributed.agreed():
                 checkpoint = Checkpoint.open(root / name)
+                # Ranks share the work: each reads some of the files.
                 rank, world = distributed.rank(), distributed.world_size()
                 checkpoint.verify(sorted(checkpoint.index["files"])[rank::world])
             return checkpoint
@@ -310,9 +193,6 @@ def newest(root: Path) -> Checkpoint | None:
             "move that folder away to start from the beginning"
         )
     return None
-
-
-# ------------------------------------------------------------------------------------------ load
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> None:
@@ -364,9 +244,9 @@ def _fill(state: dict[str, Any], flat: zero.Flat, ranges: Ranges) -> None:
     if any(ranges.scalars[name] != scalars for name in names):
         raise CheckpointError("parameters of one partition disagree on their step counters")
     for key in ranges.keys(names[0]):
-        if key != _MASTER:
+        if key != MASTER:
             state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
-        target = (flat.tensor if key == _MASTER else state[key]).detach().view(-1)
+        target = (flat.tensor if key == MASTER else state[key]).detach().view(-1)
         target.zero_()
         for f in flat.fragments:
             ranges.read(key, f.name, f.offset, target[f.start : f.start + f.length])

@@ -8,7 +8,6 @@ refused here, and the other way round, with a sentence that names the owner. No 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -198,7 +197,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         if not path.is_file():
             names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
             raise ConfigError(
-                f"--config {recipe}: no such recipe{_nearest(recipe, names)}; "
+                f"--config {recipe}: no such recipe{nearest(recipe, names)}; "
                 f"recipes are {', '.join(names)}, or give a .yaml file"
             )
     try:
@@ -245,14 +244,14 @@ def check_resume(old: Config, new: Config) -> None:
         )
 
 
-# --------------------------------------------------------------------------- DeepSpeed's JSON
+# --------------------------------------------------------------------------- who owns what
 
-_DEEPSPEED_KEYS = (
+DEEPSPEED_KEYS = (
     "zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "sequence_parallel_size",
+    "prescale_gradients", "gradient_predivide_factor",
     "comms_logger", "wall_clock_breakdown", "memory_breakdown", "steps_per_print", "dump_state",
 )  # fmt: skip
-_RECIPE_OWNS = {
+RECIPE_OWNS = {
     "activation_checkpointing": "model.checkpoint_every",
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -263,49 +262,6 @@ _RECIPE_OWNS = {
     "tensorboard": "train.log_every (TensorBoard is always written)",
     "checkpoint": "train.checkpoint_every",
 }
-
-
-def load_deepspeed(path: str | Path) -> dict[str, Any]:
-    """Memory, communication and precision from a DeepSpeed JSON file.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds a key that is unknown or the recipe's.
-    """
-    try:
-        tree = json.loads(Path(path).read_text())
-    except OSError as e:
-        raise ConfigError(f"--deepspeed_config {path}: cannot be read ({e.strerror})") from e
-    except ValueError as e:
-        raise ConfigError(f"--deepspeed_config {path}: not valid JSON ({e})") from e
-    if not isinstance(tree, dict):
-        raise ConfigError(f"--deepspeed_config {path}: expected a JSON object")
-    for key in tree:
-        if key in _RECIPE_OWNS:
-            raise ConfigError(
-                f"--deepspeed_config {path}: {key} belongs to the recipe; remove it here and set "
-                f"{_RECIPE_OWNS[key]} there"
-            )
-        if key not in _DEEPSPEED_KEYS:
-            raise ConfigError(
-                f"--deepspeed_config {path}: unknown key {key}{_nearest(key, _DEEPSPEED_KEYS)}"
-            )
-    half = [k for k in ("bf16", "fp16") if tree.get(k, {}).get("enabled")]
-    if half and tree.get("zero_optimization", {}).get("stage", 0) == 0:
-        raise ConfigError(
-            f"--deepspeed_config {path}: {half[0]} at ZeRO stage 0 is refused: DeepSpeed's wrapper "
-            "there decays the weights once before the first step and accumulates in 16 bits; use "
-            "stage 1, or torch_autocast as in ds_configs/zero0.json"
-        )
-    return tree
-
-
-def precision(deepspeed: dict[str, Any]) -> str:
-    """`bf16`, `fp16` or `fp32`, with ` autocast` where weights stay in fp32."""
-    for key in ("bf16", "fp16"):
-        if deepspeed.get(key, {}).get("enabled"):
-            return key
-    autocast = deepspeed.get("torch_autocast", {})
-    return f"{autocast.get('dtype', 'bfloat16')} autocast" if autocast.get("enabled") else "fp32"
 
 
 # --------------------------------------------------------------------------- keys and sentences
@@ -337,11 +293,12 @@ _KNOWN = set(_known(Config))
 def unknown(key: str, value: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not among the known ones."""
     names = list(known)
-    near = _nearest(value, names)
+    near = nearest(value, names)
     return ConfigError(f"{key}={value} is unknown{near}; choose from {', '.join(names)}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint at the known word that looks most like this one, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -349,10 +306,10 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def _unknown_key(key: str) -> str:
     parts = key.split(".")
     for part in parts:
-        if part in _DEEPSPEED_KEYS:
+        if part in DEEPSPEED_KEYS:
             return f"{key} belongs to the DeepSpeed JSON: set {part} in the --deepspeed_config file"
-        if part in _RECIPE_OWNS and part not in ("optimizer",):
-            return f"{key} is DeepSpeed's name; here it is {_RECIPE_OWNS[part]}"
+        if part in RECIPE_OWNS and part not in ("optimizer",):
+            return f"{key} is DeepSpeed's name; here it is {RECIPE_OWNS[part]}"
     tails = {name.rsplit(".", 1)[-1]: name for name in sorted(_KNOWN)}
     near = difflib.get_close_matches(key, sorted(_KNOWN), n=1, cutoff=0.75)
     near = near or [tails[t] for t in difflib.get_close_matches(parts[-1], tails, n=1, cutoff=0.6)]

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 import warnings
 from typing import Any, NoReturn
 
@@ -56,6 +57,11 @@ def init() -> None:
         }.items():
             os.environ.setdefault(name, value)
         if device().type == "cuda":
+            if local_rank() >= torch.cuda.device_count():
+                raise ValueError(
+                    f"local rank {local_rank()} has no GPU of its own: this host shows "
+                    f"{torch.cuda.device_count()}; start that many ranks (--num_gpus, slots)"
+                )
             torch.cuda.set_device(device())
         deepspeed.init_distributed(
             dist_backend="nccl" if device().type == "cuda" else "gloo",
@@ -107,7 +113,7 @@ def device() -> torch.device:
     `DS_ACCELERATOR=cpu`, DeepSpeed's own switch, keeps a machine with GPUs on its CPU.
     """
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
-        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
@@ -201,13 +207,19 @@ def agree(error: BaseException | None) -> None:
 
 
 class agreed:  # noqa: N801 - read as a statement: `with agreed():`
-    """Run a block on every rank, then `agree` on the users' errors (ValueError, OSError) in it."""
+    """Run a block on every rank, then `agree` on the error in it.
+
+    A block holds no collective that only some ranks may reach. What is not a user's mistake
+    (ValueError, OSError) is our own, and is shown with its traceback as well.
+    """
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, ValueError | OSError):
+        if error is None or isinstance(error, Exception):
+            if error is not None and not isinstance(error, ValueError | OSError):
+                traceback.print_exception(error)
             agree(error)
 
 

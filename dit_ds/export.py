@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dit_ds import checkpoint, files
+from dit_ds import archive, checkpoint, distributed, files
 from dit_ds.models import DiT
 
 FORMAT = 1
@@ -60,23 +60,29 @@ class Weights:
         """The model with these weights, in evaluation mode."""
         with torch.device("meta"):
             model = DiT(**self.about.model)
-        model.load_state_dict(self.state, strict=True, assign=True)
+        try:
+            model.load_state_dict(self.state, strict=True, assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"the weights do not fit their description: {e}") from e
         return model.to(device).eval()
 
 
 def from_run(run: Path) -> Weights:
-    """The EMA weights of a run's newest checkpoint.
+    """The EMA weights of a run's newest checkpoint; a collective.
 
     Raises:
-        ValueError: not a run directory, no checkpoint yet, or none that is whole.
+        RankError: not a run directory, no checkpoint yet, or none that is whole.
     """
-    if not run.is_dir():
-        raise ValueError(f"--run {run}: no such folder; runs lie in runs/ as a rule")
+    with distributed.agreed():
+        if not run.is_dir():
+            raise ValueError(f"--run {run}: no such folder; runs lie in runs/ as a rule")
     found = checkpoint.newest(run / "checkpoints")
     if found is None:
-        raise ValueError(f"--run {run}: no checkpoint yet; train until the first one is saved")
-    ranges = checkpoint.Ranges(found)
-    state = dict(checkpoint.unsharded(found))
+        raise distributed.RankError(
+            f"--run {run}: no checkpoint yet; train until the first one is saved"
+        )
+    ranges = archive.Ranges(found)
+    state = dict(archive.unsharded(found))
     for name, shape in found.shapes.items():
         # Before the first step that was applied the average is the weights themselves.
         key = "ema" if "ema" in ranges.keys(name) else "fp32"

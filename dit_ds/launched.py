@@ -54,10 +54,13 @@ def _hostfile() -> Path | None:
         for i, word in enumerate(words[program + 1 :], start=program + 1):
             if not word.startswith("-") and not words[i - 1].startswith("-"):
                 break  # the script; what follows are its own arguments
-            if word in ("-H", "--hostfile") and i + 1 < len(words):
-                return folder / words[i + 1]
-            if word.startswith("--hostfile="):
-                return folder / word.partition("=")[2]
+            # argparse takes --hostfile, any beginning of it from --ho on, and -H with or without
+            # a space.
+            name, equals, value = word.partition("=")
+            if word == "-H" or (name.startswith("--ho") and "--hostfile".startswith(name)):
+                return folder / (value if equals else words[i + 1])
+            if word.startswith("-H"):
+                return folder / word[2:]
     return None
 
 
@@ -65,12 +68,12 @@ class Requests:
     """SIGUSR1 (save), SIGTERM (save and end) and `stop_after_hours`, agreed on by all ranks.
 
     A handler only takes a note, since a launcher signals its ranks one after another; the ranks
-    compare notes at a step boundary and then act together.
+    compare notes at a step boundary and then act together. Made first of all, so that no signal
+    meets the default action and the hours count from the start of the process.
     """
 
-    def __init__(self, *, stop_after_hours: float | None) -> None:
+    def __init__(self) -> None:
         self._noted = 0
-        self._deadline = None if stop_after_hours is None else stop_after_hours * 3600
         self._began = time.monotonic()
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
@@ -78,10 +81,11 @@ class Requests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = max(self._noted, STOP if number == signal.SIGTERM else SAVE)
 
-    def agreed(self) -> int:
+    def agreed(self, *, stop_after_hours: float | None) -> int:
         """0, SAVE or STOP: the most that any rank was asked for; a collective."""
-        if self._deadline is not None and time.monotonic() - self._began > self._deadline:
-            self._noted = STOP
-        asked = int(distributed.reduce_max(self._noted))
-        self._noted = 0
-        return asked
+        # Taken before the ranks compare: what comes in while they do is for the next time.
+        noted, self._noted = self._noted, 0
+        if stop_after_hours is not None:
+            late = time.monotonic() - self._began > stop_after_hours * 3600
+            noted = STOP if late else noted
+        return int(distributed.reduce_max(noted))

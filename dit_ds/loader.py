@@ -210,6 +210,13 @@ class Loader:
         self.wait_seconds = 0.0
         """Time spent waiting for data so far."""
 
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the workers. They ignore SIGTERM, so a process that only exits waits for them."""
+        self._batches = iter(())
+
     def next(self) -> list[MicroBatch]:
         """The micro-batches of the next step, the same number on every rank; a collective.
 

@@ -6,10 +6,13 @@ slow the training. Rank 0 writes; the sums come from all ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +45,13 @@ class Monitor:
         self._bins = torch.zeros(2, _TIME_BINS, device=distributed.device())
         self._last_step, self._last_time, self._last_wait = step, time.perf_counter(), 0.0
         self._main = distributed.is_main()
+        with distributed.agreed():
+            if self._main:
+                _drop_after(run / "metrics.jsonl", step)
+                self._metrics = open(run / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+                board = str(run / "tensorboard")
+                self._board = SummaryWriter(board, purge_step=step + 1, flush_secs=10)
         if self._main:
-            _drop_after(run / "metrics.jsonl", step)
-            self._metrics = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=step,
@@ -100,9 +106,13 @@ class Monitor:
         }
         if engine.fp16_enabled():
             values["loss_scale"] = float(engine.optimizer.loss_scale)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._metrics.write(json.dumps({"step": step, "images": images_seen, **values}) + "\n")
+        line: dict[str, float | None] = {"step": step, "images": images_seen}
+        # JSON knows no infinity, the norm of a step that was skipped.
+        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self._tolerating_a_full_disk():
+            self._metrics.write((json.dumps(line) + "\n").encode())
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         told = f"loss {values['loss']:.4f}  {rate:.0f} img/s"
         if self._bar.disable:
             left = (self._config.train.steps - step) * seconds / steps
@@ -116,12 +126,23 @@ class Monitor:
         else:
             self._bar.set_postfix_str(told)
 
-    def show(self, images: np.ndarray, *, columns: int, step: int) -> None:
-        """A grid of (N, H, W, 3) uint8 images, as PNG and in TensorBoard; rank 0 only."""
+    def show(self, images: np.ndarray | None, *, columns: int, step: int) -> None:
+        """A grid of (N, H, W, 3) uint8 images, as PNG and in TensorBoard, on the rank with them."""
+        if images is None:
+            return
         sheet = latents.image_grid(images, rows=-(-len(images) // columns), columns=columns)
-        self._samples.mkdir(exist_ok=True)
-        sheet.save(self._samples / f"step-{step:08d}.png")
-        self._board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        with self._tolerating_a_full_disk():
+            self._samples.mkdir(exist_ok=True)
+            sheet.save(self._samples / f"step-{step:08d}.png")
+            self._board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def _tolerating_a_full_disk(self) -> Iterator[None]:
+        """Watching must not end the training: what cannot be written is told, and left out."""
+        try:
+            yield
+        except OSError as e:
+            self.say(f"WARNING: metrics or samples could not be written: {e}")
 
     def pause(self, seconds: float) -> None:
         """Leave time that is not training (a save, a preview) out of the rates."""
@@ -133,12 +154,16 @@ class Monitor:
             self._bar.write(message)
             sys.stdout.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Write out what is still in buffers."""
         if self._main:
             self._bar.close()
-            self._board.close()
-            self._metrics.close()
+            with self._tolerating_a_full_disk():
+                self._board.close()
+                self._metrics.close()
 
 
 def _peak_memory() -> float:

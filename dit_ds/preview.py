@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,12 +11,16 @@ from dit_ds import distributed, latents, samplers, zero
 from dit_ds.config import Config
 from dit_ds.shards import Manifest
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 
 class Preview:
     """Samples on all ranks, each its slice, and decodes on rank 0.
 
     Raises:
-        ValueError: previews are asked for and the VAE cannot be loaded or is not the data's.
+        ValueError: previews are asked for and the VAE cannot be loaded or has other latents than
+            the data.
     """
 
     def __init__(self, cfg: Config, manifest: Manifest) -> None:
@@ -24,7 +28,7 @@ class Preview:
         self._classes = min(cfg.preview.classes, manifest.num_classes)
         self.columns = cfg.preview.per_class
         """Images of a row; each row is a class."""
-        self._vae = None
+        self._vae: AutoencoderKL | None = None
         self._settings = samplers.SamplerSettings(
             sampler=cfg.preview.sampler,
             steps=cfg.preview.steps,
@@ -32,14 +36,29 @@ class Preview:
             seed=cfg.seed,
             batch_size=cfg.train.micro_batch_size,
         )
-        if cfg.preview.every and distributed.is_main():
-            name = cfg.preview.vae or manifest.vae.name
+        if cfg.preview.every:
+            shape, timesteps = manifest.latent_shape, cfg.objective.num_timesteps
             try:
-                self._vae = latents.load_vae(name)
+                samplers.check(self._settings, latent_shape=shape, num_timesteps=timesteps)
             except ValueError as e:
-                raise ValueError(
-                    f"preview.vae={name}: {e}; give its folder, or preview.every=0 for no pictures"
-                ) from e
+                raise ValueError(f"preview.{e}") from None
+        if cfg.preview.every and distributed.is_main():
+            self._vae = self._load_vae(cfg.preview.vae or manifest.vae.name)
+
+    def _load_vae(self, name: str) -> AutoencoderKL:
+        try:
+            vae = latents.load_vae(name, device=distributed.device())
+            found = latents.latent_shape(vae, self._manifest.image_size)
+        except ValueError as e:
+            raise ValueError(
+                f"preview.vae={name}: {e}; give its folder, or preview.every=0 for no pictures"
+            ) from e
+        if found != self._manifest.latent_shape:
+            raise ValueError(
+                f"preview.vae={name} has latents of {found}, the data {self._manifest.latent_shape}"
+                "; give the VAE that the data was made with"
+            )
+        return vae
 
     def due(self, step: int) -> bool:
         """Whether a grid is wanted after this step."""
@@ -74,4 +93,5 @@ class Preview:
         if self._vae is None:
             return None
         space = latents.LatentSpace(self._manifest.scaling_factor, self._manifest.shift_factor)
-        return latents.decode(self._vae, z, space)
+        parts = z.split(self._settings.batch_size)
+        return np.concatenate([latents.decode(self._vae, part, space) for part in parts])

@@ -74,6 +74,22 @@ class SamplerSettings:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
 
+def check(
+    settings: SamplerSettings, *, latent_shape: tuple[int, int, int], num_timesteps: int
+) -> None:
+    """Raise ValueError where settings do not fit a model; `sample` does it too."""
+    if settings.steps > num_timesteps:
+        raise ValueError(
+            f"steps={settings.steps} exceeds the {num_timesteps} timesteps of the model; choose "
+            f"at most {num_timesteps}"
+        )
+    if settings.cfg_channels is not None and settings.cfg_channels > latent_shape[0]:
+        raise ValueError(
+            f"cfg_channels={settings.cfg_channels} exceeds the {latent_shape[0]} channels of the "
+            "latents; choose fewer, or None for all"
+        )
+
+
 @torch.no_grad()
 def sample(
     model: Model,
@@ -106,11 +122,7 @@ def sample(
             f"classes={sorted(set(classes.tolist()))} must lie in 0..{num_classes - 1}, or be "
             f"{num_classes} for no class"
         )
-    if settings.cfg_channels is not None and settings.cfg_channels > latent_shape[0]:
-        raise ValueError(
-            f"cfg_channels={settings.cfg_channels} exceeds the {latent_shape[0]} channels of the "
-            "latents; choose fewer, or None for all"
-        )
+    check(settings, latent_shape=latent_shape, num_timesteps=num_timesteps)
     schedule = Schedule.linear(num_timesteps).respaced(settings.steps)
     predict = guide(model, settings, null_class=num_classes, num_timesteps=num_timesteps)
     batches = range(0, len(ids), settings.batch_size)

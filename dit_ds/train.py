@@ -33,6 +33,7 @@ from dit_ds import (
     launched,
     optim,
     zero,
+    zero_config,
 )
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
@@ -65,22 +66,21 @@ class State:
         return self.step * self.global_batch
 
 
-def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
+def train(
+    cfg: config.Config, ds_config: dict[str, Any], run: Path, requests: launched.Requests
+) -> None:
     """Train from the newest checkpoint of `run`, or from the beginning, to `train.steps`."""
-    directory = Path(cfg.data.path)
+    directory, root = Path(cfg.data.path), run / "checkpoints"
     with distributed.agreed():
+        if not cfg.data.path:
+            raise ValueError(
+                "data.path is not set; give the folder that tools/precompute_latents.py wrote"
+            )
         manifest = Manifest.load(directory)
         check_files(directory, manifest)
-    found = checkpoint.newest(run / "checkpoints")
+    found = checkpoint.newest(root)
     with distributed.agreed():
-        if found is not None:
-            check_resume(found, cfg, ds_config, manifest)
-    split = Split.of(
-        global_batch=cfg.train.global_batch_size,
-        world_size=distributed.world_size(),
-        micro_batch=cfg.train.micro_batch_size,
-    )
-    with distributed.agreed():
+        check_resume(found, cfg, ds_config, manifest, run)
         about = describe(cfg, ds_config, manifest)
         with torch.device("meta"):  # sizes that do not fit are told before anything is built
             DiT(**about["weights"]["model"])
@@ -97,6 +97,11 @@ def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
             f"{run} is finished at step {state.step}; for more, set train.steps above that"
         )
         return
+    split = Split.of(
+        global_batch=cfg.train.global_batch_size,
+        world_size=distributed.world_size(),
+        micro_batch=cfg.train.micro_batch_size,
+    )
     with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
@@ -104,57 +109,65 @@ def train(cfg: config.Config, ds_config: dict[str, Any], run: Path) -> None:
     announce(cfg, ds_config, run, split, state, engine)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     device = distributed.device()
-    loader = Loader(
-        directory,
-        manifest,
-        split,
-        lanes=cfg.lanes,
-        window=cfg.data.window,
-        seed=cfg.seed,
-        flip=cfg.data.flip,
-        first_step=state.step,
-        last_step=state.last_step,
-        workers=cfg.data.workers,
-    )
-    monitor = Monitor(run, cfg, step=state.step)
-    requests = launched.Requests(stop_after_hours=cfg.train.stop_after_hours)
-
     # The mean over the global batch: DeepSpeed averages over ranks and leaves micro-steps to us.
     share = split.world_size / split.global_batch
     saved_step = state.step
-    while not state.done:
-        lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
-        optim.set_learning_rate(zero.client_optimizer(engine), lr)
-        for micro in loader.next():
-            micro = micro.to(device)
-            x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
-            losses = objective.loss(engine, x_start, micro)  # each (N,)
-            loss = (losses["loss"] * micro.weight).sum() * share
-            engine.backward(loss, scale_wrt_gas=False)
-            engine.step()  # acts at the last micro-batch
-            monitor.add(losses, micro, cfg.objective.num_timesteps)
-        state.step += 1
-        monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)
 
-        began = time.perf_counter()
-        asked = requests.agreed()
-        state.stop = asked == launched.STOP
-        if preview.due(state.step):
-            images = preview.images(engine)
-            if images is not None:
-                monitor.show(images, columns=preview.columns, step=state.step)
-        if asked or state.done or state.step % cfg.train.checkpoint_every == 0:
-            root, keep = run / "checkpoints", cfg.train.keep_checkpoints
-            about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
+    def save() -> None:
+        nonlocal saved_step
+        about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
+        keep = cfg.train.keep_checkpoints
+        checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
+        saved_step = state.step
+
+    with (
+        Loader(
+            directory,
+            manifest,
+            split,
+            lanes=cfg.lanes,
+            window=cfg.data.window,
+            seed=cfg.seed,
+            flip=cfg.data.flip,
+            first_step=state.step,
+            last_step=state.last_step,
+            workers=cfg.data.workers,
+        ) as loader,
+        Monitor(run, cfg, step=state.step) as monitor,
+    ):
+        while not state.done:
+            lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
+            optim.set_learning_rate(zero.client_optimizer(engine), lr)
             try:
-                checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
-                saved_step = state.step
-            except distributed.RankError as e:
-                if state.done:
-                    raise
-                monitor.say(f"WARNING: {e}; training goes on and tries again at the next save")
-        monitor.pause(time.perf_counter() - began)
-    monitor.close()
+                batch = loader.next()  # the micro-batches of one step
+            except distributed.RankError:
+                if state.step > saved_step:  # a damaged shard must not cost what was reached
+                    save()
+                raise
+            for micro in batch:
+                micro = micro.to(device)
+                x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
+                losses = objective.loss(engine, x_start, micro)  # each (N,)
+                loss = (losses["loss"] * micro.weight).sum() * share
+                engine.backward(loss, scale_wrt_gas=False)
+                engine.step()  # acts at the last micro-batch
+                monitor.add(losses, micro, cfg.objective.num_timesteps)
+            state.step += 1
+            monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)
+
+            asked = requests.agreed(stop_after_hours=cfg.train.stop_after_hours)
+            state.stop = asked == launched.STOP
+            began = time.perf_counter()
+            if asked or state.done or state.step % cfg.train.checkpoint_every == 0:
+                try:
+                    save()
+                except distributed.RankError as e:
+                    if state.done:
+                        raise
+                    monitor.say(f"WARNING: {e}; training goes on and tries again at the next save")
+            if preview.due(state.step) and not state.stop:
+                monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
+            monitor.pause(time.perf_counter() - began)
     why = "stopped as asked" if state.step < state.last_step else "done"
     distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
 
@@ -176,7 +189,7 @@ def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) 
     }
     return {
         "config": cfg.model_dump(mode="json"),
-        "precision": config.precision(ds_config),
+        "precision": zero_config.precision(ds_config),
         "dataset": manifest.fingerprint,
         "weights": {
             "model": model,
@@ -194,19 +207,25 @@ def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) 
 
 
 def check_resume(
-    found: checkpoint.Checkpoint,
+    found: checkpoint.Checkpoint | None,
     cfg: config.Config,
     ds_config: dict[str, Any],
     manifest: Manifest,
+    run: Path,
 ) -> None:
     """Refuse to continue a run with other mathematics, precision or data.
 
     Raises:
         ValueError: names what changed, and the remedy.
     """
+    if found is None:
+        written = run / "config.yaml"  # of a run that ended before its first checkpoint
+        if written.is_file():
+            config.check_resume(config.load(str(written)), cfg)
+        return
     before = config.parse(found.about["config"], source=str(found.path))
     config.check_resume(before, cfg)
-    was, now = found.about["precision"], config.precision(ds_config)
+    was, now = found.about["precision"], zero_config.precision(ds_config)
     if was != now:
         raise ValueError(
             f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
@@ -273,11 +292,20 @@ def announce(
                 "started_at_step": state.step,
             }
             files.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
+    with distributed.agreed():
+        deadline = time.monotonic() + 30  # shared file systems lag
+        while not (run / "config.yaml").is_file():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--run {run.absolute()} on this host is not the folder that rank 0 writes to; "
+                    "put runs on storage that all hosts share"
+                )
+            time.sleep(0.1)
     num_parameters = sum(map(_numel, zero.parameter_shapes(engine).values()))
     say = distributed.print_main
     say(
         f"{cfg.model.name or 'DiT'} with {num_parameters / 1e6:.1f} M parameters, "
-        f"{config.precision(ds_config)}, ZeRO stage {engine.zero_optimization_stage()}"
+        f"{zero_config.precision(ds_config)}, ZeRO stage {engine.zero_optimization_stage()}"
     )
     say(
         f"{split.world_size} ranks x {split.num_micro} micro-steps x {split.micro_batch} samples "
@@ -317,14 +345,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    requests = launched.Requests()
     try:
         distributed.init()
         with distributed.agreed():
             cfg = config.load(args.config, args.overrides)
-            ds_config = config.load_deepspeed(args.deepspeed_config)
+            ds_config = zero_config.load(args.deepspeed_config)
             launched.check(expect_ranks=cfg.train.expect_ranks)
-        train(cfg, ds_config, args.run or Path("runs") / cfg.name)
+        train(cfg, ds_config, args.run or Path("runs") / cfg.name, requests)
     except ValueError as e:
         distributed.exit_with(e)
     distributed.shutdown()

@@ -127,7 +127,7 @@ def run_ranks(
             continue
         rank, value, output, trace = results.get()
         found[rank] = (value, output, trace)
-        if trace and expect == 0:
+        if trace and (expect == 0 or not trace.startswith("exited with")):
             for process in ranks:
                 process.kill()
             pytest.fail(f"rank {rank}:\n{output}\n{trace}", pytrace=False)

@@ -40,10 +40,10 @@ def losses(run: Path) -> list[float]:
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds, put together: `KEY/PARAMETER` and `module/BUFFER`."""
-    from dit_ds import checkpoint
+    from dit_ds import archive
 
-    found = checkpoint.Checkpoint.open(run / "checkpoints" / f"step-{step:08d}")
-    ranges = checkpoint.Ranges(found)
+    found = archive.Checkpoint.open(run / "checkpoints" / f"step-{step:08d}")
+    ranges = archive.Ranges(found)
     state = {
         f"{key}/{name}": ranges.whole(key, name, shape)
         for name, shape in found.shapes.items()
@@ -51,7 +51,7 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     }
     for name, values in ranges.scalars.items():
         state |= {f"{key}/{name}": torch.tensor(v) for key, v in values.items()}
-    return state | {f"module/{k}": v for k, v in checkpoint.unsharded(found).items()}
+    return state | {f"module/{k}": v for k, v in archive.unsharded(found).items()}
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from dit_ds import checkpoint, distributed
+from dit_ds import archive, checkpoint, distributed
 from tests import runs
 from tests.conftest import run_ranks
 
 FP32: dict[str, Any] = {}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 1}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -35,7 +36,10 @@ def ds_config(folder: Path, stage: int, precision: dict[str, Any], **zero: Any) 
         (3, 2, FP32, {}),
         (3, 2, BF16, {"sub_group_size": 5000, "stage3_param_persistence_threshold": 100}),
         (2, 2, BF16, OFFLOAD),
-        (2, 2, {"fp16": {"enabled": True, "initial_scale_power": 8}}, {}),
+        (3, 2, BF16, OFFLOAD),
+        (0, 2, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}),
+        # A scale that overflows before and after the resume, and grows in between.
+        (2, 2, FP16, {}),
     ],
     ids=str,
 )
@@ -82,12 +86,12 @@ def test_state_is_bitwise_the_same_in_any_topology(
 
 def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[float]]:
     """Load a run's checkpoint into a fresh engine of this world and stage, and save it again."""
-    from dit_ds import config, train, zero
+    from dit_ds import config, train, zero, zero_config
     from dit_ds.loader import Split
     from dit_ds.shards import Manifest
 
     distributed.init()
-    cfg, tree = config.load(str(tiny["recipe"])), config.load_deepspeed(ds)
+    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
     about = train.describe(cfg, tree, Manifest.load(cfg.data.path))
     split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
     engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
@@ -161,6 +165,16 @@ def test_no_usable_checkpoint_is_not_a_fresh_start(saved: dict[str, Any]) -> Non
     assert "no checkpoint in" in told[0] and "is usable" in told[0]
 
 
+def test_one_changed_digit_of_the_index_is_noticed(saved: dict[str, Any]) -> None:
+    path = saved["six"] / "index.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 5', 1))
+    with pytest.raises(archive.CheckpointError, match=r"index\.json: altered"):
+        archive.Checkpoint.open(saved["six"])
+    path.write_bytes(b"\xff")
+    with pytest.raises(archive.CheckpointError, match=r"index\.json is damaged"):
+        archive.Checkpoint.open(saved["six"])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -176,9 +190,10 @@ def test_an_index_that_does_not_add_up_is_refused(
     path = saved["six"] / "index.json"
     index = json.loads(path.read_text())
     change(index)
+    index["sha256"] = archive.checksum(index)  # a stranger can do that much
     path.write_text(json.dumps(index))
-    with pytest.raises(checkpoint.CheckpointError, match=sentence):
-        checkpoint.Checkpoint.open(saved["six"])
+    with pytest.raises(archive.CheckpointError, match=sentence):
+        archive.Checkpoint.open(saved["six"])
 
 
 def with_small_files(limit: int, *arguments: str) -> None:
@@ -208,10 +223,19 @@ def test_old_checkpoints_are_removed_after_new_ones_are_committed(
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000005", "step-00000006"]
 
 
+def test_a_damaged_newest_checkpoint_never_pushes_out_a_good_one(saved: dict[str, Any]) -> None:
+    (saved["six"] / "rank-00000.safetensors").write_bytes(b"")
+    arguments = runs.arguments(saved, saved["ds"], "train.keep_checkpoints=1", "train.steps=4")
+    run_ranks(2, runs.train, *arguments)
+    root = saved["run"] / "checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000004"]
+    assert newest(str(root)) == 4
+
+
 def test_another_model_is_refused_by_name(saved: dict[str, Any], tmp_path: Path) -> None:
-    found = checkpoint.Checkpoint.open(saved["six"])
+    found = archive.Checkpoint.open(saved["six"])
     shapes = {k: list(v) for k, v in found.shapes.items()} | {"blocks.0.mlp.fc1.bias": [7]}
-    with pytest.raises(checkpoint.CheckpointError, match=r"blocks\.0\.mlp\.fc1\.bias"):
+    with pytest.raises(archive.CheckpointError, match=r"blocks\.0\.mlp\.fc1\.bias"):
         checkpoint._check_model(shapes, found)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_ds import config
+from dit_ds import config, zero_config
 from tests import runs
 from tests.conftest import REPO
 
@@ -82,21 +82,21 @@ def test_a_deepspeed_key_of_another_owner_is_refused(
 ) -> None:
     path = runs.write_json(tmp_path / "ds.json", tree)  # type: ignore[arg-type]
     with pytest.raises(config.ConfigError) as error:
-        config.load_deepspeed(path)
+        zero_config.load(path)
     assert sentence in str(error.value)
 
 
 def test_deepspeed_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError, match="cannot be read"):
-        config.load_deepspeed(tmp_path / "absent.json")
+        zero_config.load(tmp_path / "absent.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(config.ConfigError, match="not valid JSON"):
-        config.load_deepspeed(tmp_path / "bad.json")
+        zero_config.load(tmp_path / "bad.json")
 
 
 def test_precision_of_the_shipped_files() -> None:
     found = {
-        path.stem: config.precision(config.load_deepspeed(path))
+        path.stem: zero_config.precision(zero_config.load(path))
         for path in (REPO / "ds_configs").glob("*.json")
     }
     assert found.pop("zero0") == "bfloat16 autocast"
@@ -112,5 +112,5 @@ def test_a_resume_may_change_length_and_topology_only() -> None:
     )
     with pytest.raises(config.ConfigError) as error:
         config.check_resume(old, config.load("quickstart", ["optimizer.lr=2e-3", "seed=1"]))
-    assert "optimizer.lr=0.002 (was 0.001)" in str(error.value) and "seed=1" in str(error.value)
+    assert "optimizer.lr=0.002 (was 0.003)" in str(error.value) and "seed=1" in str(error.value)
     assert "--run runs/OTHER_NAME" in str(error.value)

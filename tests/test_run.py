@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dit_ds import config, export, latents, optim
+from dit_ds import config, export, latents, optim, zero_config
 from dit_ds.shards import Manifest
 from tests import runs
 from tests.conftest import REPO, make_latents, run_ranks
@@ -55,7 +55,7 @@ def test_a_run_directory_has_what_it_promises(
     run = tiny["run"]
     cfg = config.load(str(run / "config.yaml"))
     assert cfg == config.load(str(tiny["recipe"]), previews)
-    assert json.loads((run / "ds_config.json").read_text()) == config.load_deepspeed(FP32)
+    assert json.loads((run / "ds_config.json").read_text()) == zero_config.load(FP32)
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and len(environment["ranks"]) == 2
 
@@ -194,6 +194,7 @@ def refused(tiny: dict[str, Any], *overrides: str, ds: Path = FP32, world: int =
     ("override", "sentence"),
     [
         ("model.depht=3", "did you mean model.depth?"),
+        ("data.path=''", "data.path is not set"),
         ("data.path=nowhere", "make the dataset with tools/precompute_latents.py"),
         ("train.expect_ranks=4", "train.expect_ranks=4, but 2 ranks started"),
         ("model.num_heads=5", "num_heads=5"),

@@ -21,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = parser.parse_args(arguments)
     try:
+        weights = export.from_run(args.run)
         with distributed.agreed():
-            weights = export.from_run(args.run)
             export.save(weights, args.out)
     except ValueError as error:
         distributed.exit_with(error)

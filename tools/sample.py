@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dit_ds import distributed, export, latents
-from dit_ds.samplers import SamplerSettings, sample
+from dit_ds import distributed, export, files, latents
+from dit_ds.models import DiT
+from dit_ds.samplers import SamplerSettings, check, sample
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -53,8 +55,15 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     try:
         with distributed.agreed():
-            weights = export.load(args.weights) if args.weights else export.from_run(args.run)
-            about = weights.about
+            if args.out.suffix not in (".png", ".jpg", ".webp"):
+                raise ValueError(f"--out {args.out}: name a picture, such as grid.png")
+            for path in (args.out, args.npz or args.out):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            weights = export.load(args.weights) if args.weights else None
+        if weights is None:
+            weights = export.from_run(args.run)
+        about = weights.about
+        with distributed.agreed():
             classes = parse_classes(args.classes, about.num_classes)
             if args.per_class < 1:
                 raise ValueError(f"--per-class {args.per_class} must be at least 1")
@@ -68,13 +77,17 @@ def main(arguments: list[str] | None = None) -> None:
                 seed=args.seed,
                 batch_size=args.batch_size,
             )
+            check(settings, latent_shape=about.latent_shape, num_timesteps=about.num_timesteps)
             vae = latents.load_vae(args.vae or about.vae, device=distributed.device())
+            if latents.latent_shape(vae, about.image_size) != about.latent_shape:
+                raise ValueError(f"--vae {args.vae}: its latents are not those of the model")
+            model = weights.build(distributed.device())
     except ValueError as error:
         distributed.exit_with(error)
     if latents.vae_hash(vae) != about.vae_sha256:
         distributed.print_main("WARNING: this is not the VAE that the training data was made with")
     labels = torch.tensor(classes).repeat_interleave(args.per_class)
-    images = draw(weights, settings, vae, labels)
+    images = draw(model, about, settings, vae, labels)
     if distributed.is_main():
         write(args, images, labels, rows=len(classes))
         seconds = time.perf_counter() - began
@@ -89,14 +102,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def draw(
-    weights: export.Weights, settings: SamplerSettings, vae: AutoencoderKL, labels: torch.Tensor
+    model: DiT,
+    about: export.Description,
+    settings: SamplerSettings,
+    vae: AutoencoderKL,
+    labels: torch.Tensor,
 ) -> np.ndarray:
     """(N, size, size, 3) uint8, an image for each label; every rank makes its slice of them."""
-    about, rank, world = weights.about, distributed.rank(), distributed.world_size()
+    rank, world = distributed.rank(), distributed.world_size()
     slices = torch.arange(len(labels)).tensor_split(world)
     mine = slices[rank]
     z = sample(
-        weights.build(distributed.device()),
+        model,
         settings,
         classes=labels[mine],
         latent_shape=about.latent_shape,
@@ -119,11 +136,12 @@ def draw(
 
 def write(args: argparse.Namespace, images: np.ndarray, labels: torch.Tensor, *, rows: int) -> None:
     """The grid, a row for each class, and all images if they were asked for."""
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    latents.image_grid(images, rows=rows, columns=args.per_class).save(args.out)
+    sheet = latents.image_grid(images, rows=rows, columns=args.per_class)
+    with files.atomic_file(args.out) as file:
+        sheet.save(file, format=Image.registered_extensions()[args.out.suffix])
     if args.npz:
-        args.npz.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(args.npz, images=images, labels=labels.numpy())
+        with files.atomic_file(args.npz) as file:
+            np.savez(file, images=images, labels=labels.numpy())
 
 
 def parse_classes(text: str | None, num_classes: int) -> list[int]:
