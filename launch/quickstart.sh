@@ -6,15 +6,18 @@
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 OUT=runs/quickstart
+TRAINED=$OUT/run/checkpoints/latest # changes when a checkpoint is committed, and only then
 export PYTHONWARNINGS=ignore::FutureWarning # of torch about DeepSpeed
 NEEDED_MB=500
 
 # Runs one step of the job. Its seconds are kept, those of broken-off attempts too, so that the
-# report's figure is what the whole job took.
+# report's figure is what the whole job took; not those of finding the training finished.
 step() {
-  local status=0
+  local status=0 before
   say "$1" && STARTED=$SECONDS
+  before=$(cat "$TRAINED" 2> /dev/null || true)
   "${@:2}" || status=$?
+  [[ $status != 0 || $1 != *DiT* || $(cat "$TRAINED") != "$before" ]] || STARTED=
   account
   ((status == 0)) || die "failed while ${DOING,}; the lines above say why. Run the same command again to go on, or delete $OUT to begin anew." "$status"
 }
@@ -38,10 +41,11 @@ free=$(df -Pm "$OUT" | awk 'NR == 2 { print $4 }')
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus == 0)) || [[ ${DS_ACCELERATOR:-} == cpu ]]; then
-  export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
-  where="two CPU ranks" ranks=(--num_gpus 2)
+  export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+  each=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} # half of the cores for each rank
+  where="two CPU ranks" deepspeed=(env OMP_NUM_THREADS="$each" deepspeed --quiet --num_gpus 2)
 else
-  where="$gpus GPU(s)" ranks=()
+  where="$gpus GPU(s)" deepspeed=(deepspeed --quiet)
 fi
 
 [[ -e $OUT/images ]] || step "Writing the digits as PNG files" \
@@ -53,13 +57,12 @@ if outdated "$OUT/latents/manifest.json" "$OUT/vae/config.json"; then
     python tools/precompute_latents.py --images "$OUT/images" --vae "$OUT/vae" --image-size 8 --out "$OUT/latents"
 fi
 step "Training the DiT with ZeRO-2 on $where" \
-  deepspeed --quiet "${ranks[@]}" --module dit_ds.train --config quickstart --run "$OUT/run" \
+  "${deepspeed[@]}" --module dit_ds.train --config quickstart --run "$OUT/run" \
   --deepspeed_config ds_configs/zero2_fp32.json data.path="$OUT/latents"
-trained=$OUT/run/checkpoints/latest
-if outdated "$OUT/samples.png" "$trained"; then
+if outdated "$OUT/samples.png" "$TRAINED"; then
   step "Sampling the grid" sample --per-class 8 --out "$OUT/samples.png"
 fi
-if outdated "$OUT/generated.npz" "$trained"; then
+if outdated "$OUT/generated.npz" "$TRAINED"; then
   step "Sampling 900 digits for the report" \
     sample --per-class 90 --steps 50 --npz "$OUT/generated.npz" --out "$OUT/generated.png"
 fi

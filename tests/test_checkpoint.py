@@ -51,7 +51,7 @@ def test_resume_is_bitwise(
     undisturbed, curve = runs.state_of(tiny["run"], 6), runs.metrics(tiny["run"])
     tiny["run"] = tmp_path / "resumed"
     # A finished run goes on when it is given a longer length.
-    run_ranks(world, runs.train, *runs.arguments(tiny, ds, "train.steps=3"))
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds, "train.steps=3", "data.workers=1"))
     run_ranks(world, runs.train, *runs.arguments(tiny, ds, "train.steps=6"))
     runs.assert_same_bits(undisturbed, runs.state_of(tiny["run"], 6))
     assert runs.losses(tiny["run"]) == [m["loss"] for m in curve]

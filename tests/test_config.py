@@ -34,7 +34,7 @@ def test_every_recipe_loads_and_survives_being_written_down(path: Path, tmp_path
         ("zero_optimization.stage=2", "belongs to the DeepSpeed JSON"),
         ("bf16.enabled=true", "belongs to the DeepSpeed JSON"),
         ("train.gradient_accumulation_steps=2", "here it is train.global_batch_size"),
-        ("optimizer.warmup_steps=4000", "leaves the cosine no step"),
+        ("optimizer.warmup_steps=2000", "leaves the cosine no step"),
         ("name=../up", "name=../up"),
         ("train.steps=[", "not valid YAML"),
     ],
@@ -75,6 +75,13 @@ def test_overrides_are_yaml() -> None:
         ({"bf16": {"enabled": True}}, "bf16 at ZeRO stage 0 is refused"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "use stage 1"),
         ([], "expected a JSON object"),
+        ({"bf16": True}, "bf16 is a section"),
+        ({"zero_optimization": {"stage": "0"}, "bf16": {"enabled": True}}, "stage='0'"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast in float16"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer to nvme",
+        ),
     ],
 )
 def test_a_deepspeed_key_of_another_owner_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,10 +21,13 @@ FP32 = REPO / "ds_configs" / "zero2_fp32.json"
 
 
 def launch(*arguments: str, **more: Any) -> subprocess.Popen[str]:
-    """A launcher on two CPU ranks whose output is read as it comes."""
+    """A launcher whose output is read as it comes."""
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     return subprocess.Popen(
-        [DEEPSPEED, *arguments],
+        [DEEPSPEED, "--master_port", str(port), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,7 +55,7 @@ def ranks_of(pid: int) -> list[int]:
 def test_a_launch_trains_and_sigterm_to_its_ranks_ends_it_in_good_order(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
-    arguments = ["--num_gpus", "2", "--master_port", "29611", "--module", "dit_ds.train"]
+    arguments = ["--num_gpus", "2", "--module", "dit_ds.train"]
     arguments += runs.arguments(tiny, FP32, "train.steps=100000", "data.workers=1")
     with launch(*arguments, cwd=tmp_path) as process:
         assert process.stdout is not None
@@ -71,7 +75,7 @@ def test_a_launch_trains_and_sigterm_to_its_ranks_ends_it_in_good_order(
 def test_a_hostfile_that_does_not_exist_is_refused_under_bare_deepspeed(
     tiny: dict[str, Any],
 ) -> None:
-    arguments = ["--hostfile", "no/hosts", "--num_gpus", "1", "--master_port", "29612"]
+    arguments = ["--hostfile", "no/hosts", "--num_gpus", "1"]
     arguments += ["--module", "dit_ds.train", *runs.arguments(tiny, FP32)]
     with launch(*arguments) as process:
         text, _ = process.communicate()
@@ -86,7 +90,7 @@ def test_sigkill_at_any_moment_loses_at_most_the_steps_since_the_last_checkpoint
 ) -> None:
     import random
 
-    arguments = ["--num_gpus", "2", "--master_port", "29613", "--module", "dit_ds.train"]
+    arguments = ["--num_gpus", "2", "--module", "dit_ds.train"]
     arguments += runs.arguments(tiny, FP32, "train.steps=60", "train.checkpoint_every=1")
     reached, moments = 0.0, random.Random(0)
     for _ in range(5):
