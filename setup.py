@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-SKLEARN = "scikit-learn>=1.7,<2"
+SKLEARN = "scikit-learn>=1.7.2,<2"
 
 setup(
     name="dit_ds",
@@ -19,20 +19,21 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=["dit_ds"],
     package_data={"dit_ds": ["recipes/*.yaml"]},
-    # Lower bounds are the oldest versions that the tests have run with, upper bounds the next
-    # release that may break us. DeepSpeed's is tight: we read ZeRO's partitions.
+    # Lower bounds are the oldest versions of constraints.txt (those for Python 3.10, where they
+    # differ), with which the tests pass; upper bounds the next release that may break us.
+    # DeepSpeed's is tight: we read ZeRO's partitions.
     install_requires=[
         "torch>=2.13,<3",
         "deepspeed>=0.19.8,<0.20",
         "diffusers>=0.41,<1",
-        "webdataset>=1.0,<2",
-        "numpy>=2.2,<3",
-        "tensorboard>=2.20,<3",
-        "pyyaml>=6.0,<7",
-        "pydantic>=2.12,<3",
+        "webdataset>=1.0.2,<2",
+        "numpy>=2.2.6,<3",
+        "tensorboard>=2.21,<3",
+        "pyyaml>=6.0.3,<7",
+        "pydantic>=2.14,<3",
         "safetensors>=0.8,<1",
-        "tqdm>=4.67,<5",
-        "pillow>=12,<14",
+        "tqdm>=4.70,<5",
+        "pillow>=12.3,<14",
     ],
     extras_require={
         "quickstart": [SKLEARN],

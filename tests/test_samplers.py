@@ -252,7 +252,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
 
 
 def test_arguments_that_do_not_fit_are_refused(model: DiT) -> None:
-    with pytest.raises(ValueError, match="steps=1001 must be from 1 to 1000"):
+    with pytest.raises(ValueError, match="steps=1001 exceeds the 1000 timesteps"):
         sample_tiny(model, [1], steps=1001)
     with pytest.raises(ValueError, match="cfg_channels=5 exceeds the 4 channels"):
         sample_tiny(model, [1], cfg_channels=5)
