@@ -16,14 +16,16 @@ check_hostfile() {
   [[ -f $1 && -r $1 ]] || die "--hostfile $1 does not exist; write it with $line (launch/hosts is an example)."
   hosts=$(awk '!/^[ \t]*(#|$)/ { print $1 }' "$1")
   [[ -n $hosts ]] || die "--hostfile $1 names no machine; write $line, or leave the option out to train on this one."
-  if [[ $hosts != *$'\n'* && " $* " != *" --force_multi "* ]] && ! is_here "$hosts"; then
+  [[ $hosts != *$'\n'* && " $* " != *" --force_multi "* ]] || return 0
+  here=(--no_ssh_check --master_addr 127.0.0.1) # or DeepSpeed asks this machine by ssh for its name
+  if ! is_here "$hosts"; then
     die "--hostfile $1 names one machine, $hosts, which is not this one, and DeepSpeed would train here; add --force_multi before --config, or start it on $hosts."
   fi
 }
 
 is_here() { [[ " localhost 127.0.0.1 ::1 $(hostname) $(hostname -s) $(hostname -I) " == *" $1 "* ]]; }
 
-launcher=()
+launcher=() here=()
 while (($#)) && [[ $1 != --config && $1 != --config=* ]]; do launcher+=("$1") && shift; done
 (($#)) || die "--config is missing; name a recipe, e.g. --config quickstart."
 
@@ -40,4 +42,4 @@ if ! command -v deepspeed > /dev/null; then
   [[ -x $environment/deepspeed ]] || die "There is no \`deepspeed\` on PATH; activate the environment, or make one with \`bash launch/quickstart.sh\`."
   PATH=$environment:$PATH
 fi
-exec deepspeed "${launcher[@]}" --module dit_ds.train "$@"
+exec deepspeed "${here[@]}" "${launcher[@]}" --module dit_ds.train "$@"

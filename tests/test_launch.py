@@ -59,6 +59,7 @@ def test_train_puts_the_module_between_its_options_and_deepspeeds(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
+        *("--no_ssh_check", "--master_addr", "127.0.0.1"),  # this machine is not asked by ssh
         *("--hostfile", str(REPO / "launch" / "hosts"), "--include", "localhost:0"),
         *("--module", "dit_ds.train", "--config", "a recipe", "train.steps=2"),
     ]
