@@ -63,12 +63,20 @@ def init() -> None:
                     f"{torch.cuda.device_count()}; start that many ranks (--num_gpus, slots)"
                 )
             torch.cuda.set_device(device())
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device().type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=_TIMEOUT,
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device().type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=_TIMEOUT,
+            )
+        except dist.DistNetworkError as e:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(e).splitlines()[0]
+            raise ValueError(
+                f"the ranks cannot meet at {where}: {reason}; if another run on this machine has "
+                "the port, give this one its own, as `deepspeed --master_port 29501 ...`"
+            ) from e
     if _control is None:
         _control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 

@@ -147,6 +147,22 @@ def test_another_configuration_is_refused_before_the_first_checkpoint_too(
     assert "seed=5 (was 0)" in told[0]
 
 
+def meet_at_a_port_in_use(*arguments: str) -> None:
+    """Train where another process has the port."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        os.environ["MASTER_PORT"] = str(s.getsockname()[1])
+        runs.train(*arguments)
+
+
+def test_a_port_that_another_run_has_is_named(tiny: dict[str, Any]) -> None:
+    told = run_ranks(1, meet_at_a_port_in_use, *runs.arguments(tiny, FP32), expect=2)
+    assert "the ranks cannot meet at 127.0.0.1:" in told[0] and "--master_port" in told[0]
+
+
 def raise_on_rank_1() -> str:
     """An error of one rank, in a block that all ranks run."""
     distributed.init()
