@@ -124,6 +124,7 @@ def _write_module(engine: Any, path: Path) -> dict[str, Any]:
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
+        files.usual_permissions(path)
         files.sync(path)
     except SafetensorError as e:  # how safetensors tells of a full disk
         raise OSError(f"{path}: {e}") from e

@@ -30,6 +30,13 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def usual_permissions(path: Path) -> None:
+    """Let others read as the umask says; safetensors makes files that only the owner can."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A name to write to; what lies there afterwards appears under `path` whole, or not at all.
@@ -39,6 +46,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        usual_permissions(temporary)
         sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:

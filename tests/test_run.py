@@ -277,6 +277,9 @@ def test_export_is_the_average_whatever_the_stage(
     again = export.load(tmp_path / "out" / "ema.safetensors")
     assert again.about == weights.about and weights.about.images_seen == 72
     runs.assert_same_bits(again.state, weights.state)
+    made = [tmp_path / "out" / "ema.safetensors", *tiny["run"].glob("checkpoints/*/*.safetensors")]
+    usual = (tmp_path / "tiny.yaml").stat().st_mode  # others may read them as any file
+    assert {path.stat().st_mode for path in made} == {usual}
     model = again.build()
     assert {k for k, _ in model.named_parameters()} | {"pos_embed"} == set(weights.state)
 
