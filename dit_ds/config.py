@@ -72,7 +72,8 @@ class Model(Section):
             given = next(k for k, v in sizes.items() if v is not None)
             raise ValueError(
                 f"model.name={self.name} already fixes model.{given}={sizes[given]}; "
-                "give the name or the sizes (model.name=null)"
+                "choose one of the two: model.name=null for the sizes, or for the name "
+                + " ".join(f"model.{k}=null" for k in sizes)
             )
         if self.name is None and missing:
             raise ValueError(
@@ -210,7 +211,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"--config {path}: expected sections such as `model:` and `train:`")
     for override in overrides:
         _apply(tree, override)
-    return parse(tree, source=str(path))
+    return parse(tree, source=f"{path} with the command line" if overrides else str(path))
 
 
 def parse(tree: dict[str, Any], source: str) -> Config:
@@ -312,6 +313,7 @@ def _unknown_key(key: str) -> str:
             return f"{key} is DeepSpeed's name; here it is {RECIPE_OWNS[part]}"
     tails = {name.rsplit(".", 1)[-1]: name for name in sorted(_KNOWN)}
     near = difflib.get_close_matches(key, sorted(_KNOWN), n=1, cutoff=0.75)
+    near = near or [name for name in sorted(_KNOWN) if "." in name and parts[-1] in name][:1]
     near = near or [tails[t] for t in difflib.get_close_matches(parts[-1], tails, n=1, cutoff=0.6)]
     return f"unknown key {key}" + (f" (did you mean {near[0]}?)" if near else "")
 

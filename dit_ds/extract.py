@@ -167,7 +167,9 @@ def extract(
         listing = list_class_folders(images)
         model = latents.load_vae(vae, device=distributed.device())
         shape = latents.latent_shape(model, image_size)
-        vae_info = VaeInfo(name=str(vae), sha256=latents.vae_hash(model))
+        # A folder is named so that it is found from anywhere.
+        name = str(Path(vae).resolve()) if Path(vae).is_dir() else str(vae)
+        vae_info = VaeInfo(name=name, sha256=latents.vae_hash(model))
         _make_folder(out)
     _agree_on_inputs(Path(images), listing, vae_info)
 

@@ -65,7 +65,7 @@ def _hostfile() -> Path | None:
 
 
 class Requests:
-    """SIGUSR1 (save), SIGTERM (save and end) and `stop_after_hours`, agreed on by all ranks.
+    """SIGUSR1 (save), SIGTERM or Ctrl-C (save and end) and `stop_after_hours`, agreed on by all.
 
     A handler only takes a note, since a launcher signals its ranks one after another; the ranks
     compare notes at a step boundary and then act together. Made first of all, so that no signal
@@ -77,9 +77,12 @@ class Requests:
         self._began = time.monotonic()
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = max(self._noted, STOP if number == signal.SIGTERM else SAVE)
+        self._noted = max(self._noted, SAVE if number == signal.SIGUSR1 else STOP)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C is meant
 
     def agreed(self, *, stop_after_hours: float | None) -> int:
         """0, SAVE or STOP: the most that any rank was asked for; a collective."""

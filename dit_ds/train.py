@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import deepspeed
 import pydantic
@@ -80,8 +80,8 @@ def train(
         check_files(directory, manifest)
     found = checkpoint.newest(root)
     with distributed.agreed():
-        check_resume(found, cfg, ds_config, manifest, run)
         about = describe(cfg, ds_config, manifest)
+        check_resume(found, cfg, about, run)
         with torch.device("meta"):  # sizes that do not fit are told before anything is built
             DiT(**about["weights"]["model"])
         objective = DDPM(
@@ -103,6 +103,8 @@ def train(
         micro_batch=cfg.train.micro_batch_size,
     )
     with distributed.agreed():
+        held = claim(run)
+    with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
         checkpoint.load(engine, found)
@@ -117,8 +119,9 @@ def train(
         nonlocal saved_step
         about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
         keep = cfg.train.keep_checkpoints
-        checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
+        path = checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
         saved_step = state.step
+        monitor.say(f"saved {path}")
 
     with (
         Loader(
@@ -168,8 +171,34 @@ def train(
             if preview.due(state.step) and not state.stop:
                 monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
             monitor.pause(time.perf_counter() - began)
+    if held is not None:
+        held.close()
     why = "stopped as asked" if state.step < state.last_step else "done"
     distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
+
+
+def claim(run: Path) -> IO[bytes] | None:
+    """Make the run directory, and hold it for rank 0's process.
+
+    Raises:
+        ValueError: another training runs there (perhaps ranks whose launcher was killed), or the
+            folder cannot be made.
+    """
+    if not distributed.is_main():
+        return None
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return files.lock(run / ".lock")
+    except ValueError as e:
+        raise ValueError(
+            f"--run {run}: {e}; end that training first (SIGTERM to its ranks), or choose another "
+            "run directory"
+        ) from e
+    except OSError as e:
+        raise ValueError(
+            f"--run {run}: {e.filename or run} cannot be written ({e.strerror}); choose another "
+            "run directory"
+        ) from e
 
 
 def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
@@ -207,13 +236,9 @@ def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) 
 
 
 def check_resume(
-    found: checkpoint.Checkpoint | None,
-    cfg: config.Config,
-    ds_config: dict[str, Any],
-    manifest: Manifest,
-    run: Path,
+    found: checkpoint.Checkpoint | None, cfg: config.Config, about: dict[str, Any], run: Path
 ) -> None:
-    """Refuse to continue a run with other mathematics, precision or data.
+    """Refuse to continue a run with other mathematics, precision, data or sizes.
 
     Raises:
         ValueError: names what changed, and the remedy.
@@ -223,18 +248,24 @@ def check_resume(
         if written.is_file():
             config.check_resume(config.load(str(written)), cfg)
         return
-    before = config.parse(found.about["config"], source=str(found.path))
-    config.check_resume(before, cfg)
-    was, now = found.about["precision"], zero_config.precision(ds_config)
+    config.check_resume(config.parse(found.about["config"], source=str(found.path)), cfg)
+    was, now = found.about["precision"], about["precision"]
     if was != now:
         raise ValueError(
             f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
             f"{was}, or start another run with --run runs/OTHER_NAME"
         )
-    if found.about["dataset"] != manifest.fingerprint and not cfg.data.allow_change:
+    if found.about["dataset"] != about["dataset"] and not cfg.data.allow_change:
         raise ValueError(
             f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
             "the old one, or set data.allow_change=true to go on with this one"
+        )
+    before, after = found.about["weights"]["model"], about["weights"]["model"]
+    changed = [f"{k}={after[k]} (was {before.get(k)})" for k in after if after[k] != before.get(k)]
+    if changed:
+        raise ValueError(
+            f"data.path={cfg.data.path} asks for another model than this run has: "
+            f"{', '.join(changed)}; start another run with --run runs/OTHER_NAME"
         )
 
 
@@ -279,7 +310,6 @@ def announce(
     hosts = distributed.gather_json(f"{platform.node()} {_device_name()}")
     with distributed.agreed():
         if distributed.is_main():
-            run.mkdir(parents=True, exist_ok=True)
             files.write_atomically(run / "config.yaml", cfg.to_yaml())
             files.write_atomically(run / "ds_config.json", json.dumps(ds_config, indent=1))
             environment = {

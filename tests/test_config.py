@@ -22,6 +22,7 @@ def test_every_recipe_loads_and_survives_being_written_down(path: Path, tmp_path
     ("override", "sentence"),
     [
         ("train.stepz=3", "unknown key train.stepz (did you mean train.steps?)"),
+        ("train.batch=3", "did you mean train.global_batch_size?"),
         ("lr=3", "did you mean optimizer.lr?"),
         ("optimizer.lr=-1", "optimizer.lr=-1: input should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan"),
@@ -29,7 +30,10 @@ def test_every_recipe_loads_and_survives_being_written_down(path: Path, tmp_path
         ("train=3", "train=3"),
         ("train.steps", "expected section.key=value"),
         ("data.lanes=7", "data.lanes=7 does not divide train.global_batch_size=64"),
-        ("model.name=DiT-B/2", "give the name or the sizes"),
+        (
+            "model.name=DiT-B/2",
+            "model.name=null for the sizes, or for the name model.patch_size=null",
+        ),
         ("model.depth=null", "model.depth is not set"),
         ("zero_optimization.stage=2", "belongs to the DeepSpeed JSON"),
         ("bf16.enabled=true", "belongs to the DeepSpeed JSON"),

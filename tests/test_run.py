@@ -140,10 +140,12 @@ def train_and_signal(number: int, at_step: int, rank: int, *arguments: str) -> N
     runs.train(*arguments)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_to_one_rank_saves_all_and_exits_0(tiny: dict[str, Any], workers: int) -> None:
+@pytest.mark.parametrize(("number", "workers"), [("TERM", 0), ("TERM", 2), ("INT", 1)])
+def test_a_signal_to_one_rank_saves_all_and_exits_0(
+    tiny: dict[str, Any], number: str, workers: int
+) -> None:
     arguments = runs.arguments(tiny, FP32, f"data.workers={workers}")
-    run_ranks(2, train_and_signal, signal.SIGTERM, 4, 1, *arguments)
+    run_ranks(2, train_and_signal, signal.Signals[f"SIG{number}"], 4, 1, *arguments)
     assert len(runs.metrics(tiny["run"])) == 4
     assert (tiny["run"] / "checkpoints/latest").read_text() == "step-00000004\n"
     # The same command goes on, and nothing is lost or repeated.

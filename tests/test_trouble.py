@@ -163,6 +163,44 @@ def test_a_port_that_another_run_has_is_named(tiny: dict[str, Any]) -> None:
     assert "the ranks cannot meet at 127.0.0.1:" in told[0] and "--master_port" in told[0]
 
 
+def hold_and_train(*arguments: str) -> None:
+    """Train in a folder that a sibling of this process holds."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(Path(arguments[3]), held, done))
+    holder.start()
+    assert held.wait(30)
+    try:
+        runs.train(*arguments)
+    finally:
+        done.set()
+        holder.join()
+
+
+def hold(run: Path, held: Any, done: Any) -> None:
+    from dit_ds import files
+
+    run.mkdir()
+    with files.lock(run / ".lock"):
+        held.set()
+        done.wait(60)
+
+
+def test_a_run_directory_in_use_is_refused(tiny: dict[str, Any]) -> None:
+    told = run_ranks(1, hold_and_train, *runs.arguments(tiny, FP32), expect=2)
+    assert f"--run {tiny['run']}: {tiny['run']} is in use by another process" in told[0]
+    run_ranks(1, runs.train, *runs.arguments(tiny, FP32))  # and free again afterwards
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(tiny: dict[str, Any]) -> None:
+    tiny["run"].mkdir()
+    (tiny["run"] / "checkpoints").write_text("a file")
+    told = run_ranks(2, runs.train, *runs.arguments(tiny, FP32), expect=2)
+    assert "checkpoints cannot be written (File exists); choose another run" in told[0]
+
+
 def raise_on_rank_1() -> str:
     """An error of one rank, in a block that all ranks run."""
     distributed.init()
