@@ -35,5 +35,7 @@ def test_quickstart_reaches_its_figures_and_runs_twice(tmp_path: Path) -> None:
     metrics = (out / "run" / "metrics.jsonl").read_bytes()
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert (out / "run" / "metrics.jsonl").read_bytes() == metrics
-    assert json.loads((out / "report.json").read_text()) == report
+    again = json.loads((out / "report.json").read_text())
+    assert abs(again.pop("seconds") - report.pop("seconds")) < 30  # the report's own few
+    assert again == report
     shutil.rmtree(tmp_path / "clone")  # the environment takes gigabytes
