@@ -37,6 +37,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from dit_ds import files
+
 NUM_CLASSES = 10
 VAE_STEPS = 1000
 VAE_BATCH = 64
@@ -366,9 +368,7 @@ def run_report(args: argparse.Namespace) -> None:
     report = make_report(images, labels, generated, asked, vae)
     report["seconds"] = math.ceil(args.seconds + time.monotonic() - started)
     print(format_report(report))
-    partial = args.out.with_name(args.out.name + ".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, args.out)
+    files.write_atomically(args.out, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

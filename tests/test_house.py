@@ -32,7 +32,7 @@ HOUSE: dict[str, set[str]] = {
     "launched": {"distributed"},
     "preview": {"config", "distributed", "latents", "samplers", "shards", "zero"},
     "monitor": {"config", "distributed", "files", "latents", "loader"},
-    "digits": set(),
+    "digits": {"files"},
 }
 HOUSE["train"] = set(HOUSE) - {"digits", "extract", "export", "draws", "order", "samplers"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
