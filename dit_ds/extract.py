@@ -27,14 +27,8 @@ from tqdm import tqdm
 
 import dit_ds
 from dit_ds import distributed, latents
-from dit_ds.shards import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardInfo,
-    ShardWriter,
-    VaeInfo,
-    check_files,
-)
+from dit_ds.manifest import MANIFEST_NAME, Manifest, ShardInfo, VaeInfo, check_files
+from dit_ds.shards import ShardWriter
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -21,8 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit_ds import distributed, draws
+from dit_ds.manifest import Folder, Manifest, ShardError
 from dit_ds.order import Order
-from dit_ds.shards import Manifest, ShardError, ShardReader
+from dit_ds.shards import ShardReader
 
 _MAX_OPEN_SHARDS = 256
 
@@ -107,7 +108,7 @@ class Samples:
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
             info = self.manifest.shards[shard]
-            self._readers[shard] = ShardReader(self._directory, info, self.manifest)
+            self._readers[shard] = ShardReader(Folder(self._directory), info, self.manifest)
         self._open[shard] = None
         self._open.move_to_end(shard)
         if len(self._open) > _MAX_OPEN_SHARDS:
@@ -131,7 +132,7 @@ class Samples:
             rows = ids[here] - self._starts[shard]
             reader = self._reader(int(shard))
             moments[here] = reader.moments(rows, flips[here])
-            y[here] = reader.labels(rows)
+            y[here] = [reader.label(row) for row in rows.tolist()]
         shape = (channels, height, width)
         arrays = {
             "moments": moments,

@@ -9,7 +9,7 @@ import torch
 
 from dit_ds import distributed, latents, samplers, zero
 from dit_ds.config import Config
-from dit_ds.shards import Manifest
+from dit_ds.manifest import Manifest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -36,11 +36,11 @@ from dit_ds import (
 )
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
+from dit_ds.manifest import Manifest, check_files
 from dit_ds.models import DIT_MODELS, DiT
 from dit_ds.monitor import Monitor
 from dit_ds.objectives import DDPM
 from dit_ds.preview import Preview
-from dit_ds.shards import Manifest, check_files
 
 DEEPSPEED_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 

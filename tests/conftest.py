@@ -24,7 +24,8 @@ import numpy as np
 import pytest
 import yaml
 
-from dit_ds.shards import Manifest, ShardWriter, VaeInfo
+from dit_ds.manifest import Manifest, VaeInfo
+from dit_ds.shards import ShardWriter
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(

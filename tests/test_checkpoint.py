@@ -88,7 +88,7 @@ def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[flo
     """Load a run's checkpoint into a fresh engine of this world and stage, and save it again."""
     from dit_ds import config, train, zero, zero_config
     from dit_ds.loader import Split
-    from dit_ds.shards import Manifest
+    from dit_ds.manifest import Manifest
 
     distributed.init()
     cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)

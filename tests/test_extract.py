@@ -15,7 +15,8 @@ from PIL import Image
 
 from dit_ds import distributed, latents
 from dit_ds.extract import extract, list_class_folders
-from dit_ds.shards import Manifest, ShardReader
+from dit_ds.manifest import Folder, Manifest
+from dit_ds.shards import ShardReader
 from tests.conftest import run_ranks
 
 TOOL = Path(__file__).parents[1] / "tools" / "precompute_latents.py"
@@ -71,10 +72,10 @@ def test_samples_are_the_moments_of_the_listed_images(tmp_path: Path, vae: str) 
     assert manifest.vae.sha256 == latents.vae_hash(model)
     sample = 0
     for info in manifest.shards:
-        reader = ShardReader(tmp_path / "out", info, manifest)
+        reader = ShardReader(Folder(tmp_path / "out"), info, manifest)
         for row in range(info.num_samples):
             path = Path(listing.paths[sample])
-            assert f"class {reader.labels(np.array([row]))[0]}" in path.parts
+            assert f"class {reader.label(row)}" in path.parts
             crop = latents.center_crop(latents.load_image(path), 16)
             expected = latents.encode(model, crop[None])[0]
             for flip in (0, 1):

@@ -20,23 +20,24 @@ HOUSE: dict[str, set[str]] = {
     "objectives": set(),
     "optim": {"config"},
     "latents": set(),
-    "shards": {"files"},
+    "manifest": {"files"},
+    "shards": {"files", "manifest"},
     "order": {"draws"},
-    "loader": {"shards", "order", "draws", "distributed"},
-    "extract": {"latents", "shards", "distributed"},
+    "loader": {"manifest", "shards", "order", "draws", "distributed"},
+    "extract": {"latents", "manifest", "shards", "distributed"},
     "samplers": {"objectives", "draws"},
     "zero": set(),
     "archive": {"files"},
     "checkpoint": {"archive", "distributed", "files", "zero"},
     "export": {"models", "archive", "checkpoint", "distributed", "files"},
     "launched": {"distributed"},
-    "preview": {"config", "distributed", "latents", "samplers", "shards", "zero"},
+    "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
     "monitor": {"config", "distributed", "files", "latents", "loader"},
     "digits": {"files"},
 }
 HOUSE["train"] = set(HOUSE) - {"digits", "extract", "export", "draws", "order", "samplers"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
-KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "shards"}
+KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
 
 

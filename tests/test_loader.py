@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dit_ds import distributed, draws
 from dit_ds.loader import Loader, MicroBatch, Samples, Split
+from dit_ds.manifest import Manifest
 from dit_ds.order import Order
-from dit_ds.shards import Manifest
 from tests.conftest import make_latents, run_ranks
 
 

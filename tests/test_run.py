@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dit_ds import config, export, latents, optim, zero_config
-from dit_ds.shards import Manifest
+from dit_ds.manifest import Manifest
 from tests import runs
 from tests.conftest import REPO, make_latents, run_ranks
 

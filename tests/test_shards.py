@@ -17,15 +17,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_ds.shards import (
-    Manifest,
-    ShardError,
-    ShardInfo,
-    ShardReader,
-    ShardWriter,
-    VaeInfo,
-    check_files,
-)
+from dit_ds.manifest import Folder, Manifest, ShardError, ShardInfo, VaeInfo, check_files
+from dit_ds.shards import ShardReader, ShardWriter
 
 
 def write(folder: Path, *, num: int = 7, shards: int = 2, latent=(4, 6, 5), moments=None):
@@ -56,7 +49,7 @@ def write(folder: Path, *, num: int = 7, shards: int = 2, latent=(4, 6, 5), mome
 
 def read_all(folder: Path, manifest: Manifest) -> None:
     for info in manifest.shards:
-        reader = ShardReader(folder, info, manifest)
+        reader = ShardReader(Folder(folder), info, manifest)
         reader.moments(np.arange(info.num_samples), np.zeros(info.num_samples, bool))
 
 
@@ -67,12 +60,11 @@ def test_any_rows_are_read_back_exactly(tmp_path_factory, data, num, channels, s
     manifest, moments = write(folder, num=num, shards=1, latent=(channels, side, side + 1))
     rows = np.array(data.draw(st.lists(st.integers(0, num - 1), max_size=12)), np.int64)
     flips = np.array([data.draw(st.booleans()) for _ in rows], bool)
-    reader = ShardReader(folder, manifest.shards[0], manifest)
+    reader = ShardReader(Folder(folder), manifest.shards[0], manifest)
     found = reader.moments(rows, flips)
     assert found.dtype == np.float16 and np.array_equal(found, moments[rows, flips.astype(int)])
-    labels = reader.labels(rows)
-    assert labels.dtype == np.int64 and np.array_equal(labels, rows % 12)
-    assert reader.keys(rows) == [f"{row:09d}" for row in rows]
+    assert [reader.label(row) for row in rows] == [row % 12 for row in rows]
+    assert [reader.key(row) for row in rows] == [f"{row:09d}" for row in rows]
 
 
 def test_webdataset_and_tarfile_read_the_shards(tmp_path: Path) -> None:
@@ -206,14 +198,14 @@ def test_a_tar_of_another_order_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     info = manifest.shards[0].model_copy(update={"sha256": hashlib.sha256(data).hexdigest()})
     with pytest.raises(ShardError, match="sample 1 is not KEY.moments.npy followed by KEY.cls"):
-        ShardReader(tmp_path, info, manifest).labels(np.array([0]))
+        ShardReader(Folder(tmp_path), info, manifest).label(0)
 
 
 def test_each_shard_is_checked_once(tmp_path: Path) -> None:
     manifest, moments = write(tmp_path, shards=1)
-    reader = ShardReader(tmp_path, manifest.shards[0], manifest)
+    reader = ShardReader(Folder(tmp_path), manifest.shards[0], manifest)
     row, flip = np.array([2]), np.array([1])
-    reader.labels(row)
+    reader.label(2)
     path = tmp_path / "latents-000000.tar"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -237,9 +229,9 @@ def _read_in_child() -> np.ndarray:
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_reader_survives_fork_and_pickling(tmp_path: Path, method: str, opened: bool) -> None:
     manifest, moments = write(tmp_path, shards=1)
-    reader = ShardReader(tmp_path, manifest.shards[0], manifest)
+    reader = ShardReader(Folder(tmp_path), manifest.shards[0], manifest)
     if opened:
-        reader.labels(np.array([0]))
+        reader.label(0)
         assert len(pickle.dumps(reader)) < 5000  # without the data
     # As DataLoader does: `fork` hands over the reader as it is, `spawn` pickles it.
     with multiprocessing.get_context(method).Pool(1, _inherit, (reader,)) as pool:

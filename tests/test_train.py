@@ -11,9 +11,9 @@ import torch
 from dit_ds import config, optim
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
+from dit_ds.manifest import Manifest
 from dit_ds.models import DiT
 from dit_ds.objectives import DDPM
-from dit_ds.shards import Manifest
 from dit_ds.train import describe
 from tests import runs
 from tests.conftest import REPO, run_ranks

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from dit_ds import distributed, launched
-from dit_ds.shards import Manifest, ShardWriter
+from dit_ds.manifest import Manifest
+from dit_ds.shards import ShardWriter
 from tests import runs
 from tests.conftest import REPO, make_latents, run_ranks
 
