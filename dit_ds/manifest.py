@@ -19,7 +19,7 @@ import pydantic
 from dit_ds.files import atomic_file
 
 MANIFEST_NAME = "manifest.json"
-REMEDY = "copy it again, or delete the folder and run tools/precompute_latents.py again"
+REMEDY = "copy it again, or make the data set again"
 
 
 class ShardError(ValueError):

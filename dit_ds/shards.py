@@ -8,6 +8,7 @@ strided array in a memory map.
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import io
@@ -100,8 +101,12 @@ class _Sizes:
 _sizes = functools.lru_cache(_Sizes)
 
 
-class ShardReader:
-    """Reads samples of one of our shards by their rows in it.
+class _DamagedError(ShardError):
+    """What was opened is damaged; the store may have another copy."""
+
+
+class Reader(abc.ABC):
+    """Reads samples of one shard by their rows in it.
 
     The file is mapped when it is first read, in each process by itself, so a reader can be forked
     and pickled. The first mapping checks size, checksum, layout, labels and that all values are
@@ -116,10 +121,86 @@ class ShardReader:
         self, store: Store, info: ShardInfo, manifest: Manifest, *, checked: bool = False
     ) -> None:
         self._store, self._info = store, info
-        self._shape, self._num_classes = manifest.moments_shape, manifest.num_classes
-        self._sizes = _sizes(manifest.moments_shape)
+        self._shape, self._num_classes = manifest.stored_shape, manifest.num_classes
         self._checked = checked
         self._bytes: memoryview | None = None
+
+    @abc.abstractmethod
+    def image(self, row: int, flip: int) -> memoryview:
+        """The bytes of one image's values, `Manifest.stored_shape`; mirrored if `flip` is 1."""
+
+    @abc.abstractmethod
+    def label(self, row: int) -> int:
+        """The class number of a row."""
+
+    @abc.abstractmethod
+    def key(self, row: int) -> str:
+        """The key of a row."""
+
+    def close(self) -> None:
+        """Give the memory map back."""
+        self._bytes = None
+
+    def faults(self) -> Iterator[str]:
+        """Everything that is wrong with the shard, a sentence each."""
+        try:
+            data = self._map()
+        except ShardError as error:
+            yield str(error)
+            return
+        yield from (f"{self._store.where(self._info.name)}: {f}" for f in self._wrong(data))
+
+    @abc.abstractmethod
+    def _wrong(self, data: memoryview) -> Iterator[str]:
+        """What is wrong with the content, a phrase each."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bytes": None}
+
+    def _open(self) -> memoryview:
+        try:
+            data = self._sound()
+        except _DamagedError:
+            if not self._discard():
+                raise
+            data = self._sound()
+        self._bytes = data
+        return data
+
+    def _sound(self) -> memoryview:
+        data = self._map()
+        if not self._checked:
+            for fault in self._wrong(data):
+                raise self._error(fault)
+            self._checked = True
+        return data
+
+    def _discard(self) -> bool:
+        return self._store.discard(self._info.name, self._info.sha256)
+
+    def _map(self) -> memoryview:
+        info = self._info
+        with self._store.open(info.name, info.sha256) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != info.num_bytes:
+                raise self._error(f"has {size} bytes, not the {info.num_bytes} it should")
+            try:
+                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                raise self._error(f"cannot be read ({error.strerror})") from error
+
+    def _error(self, fault: str) -> _DamagedError:
+        return _DamagedError(f"{self._store.where(self._info.name)}: {fault}; {REMEDY}")
+
+
+class ShardReader(Reader):
+    """Reads one of our shards. See `Reader`."""
+
+    def __init__(
+        self, store: Store, info: ShardInfo, manifest: Manifest, *, checked: bool = False
+    ) -> None:
+        super().__init__(store, info, manifest, checked=checked)
+        self._sizes = _sizes(manifest.moments_shape)
 
     def image(self, row: int, flip: int) -> memoryview:
         """The bytes of one image's moments, (2C, h, w) float16; mirrored if `flip` is 1."""
@@ -143,50 +224,14 @@ class ShardReader:
         found = [self.image(int(r), int(f)) for r, f in zip(rows, flips, strict=True)]
         return np.frombuffer(b"".join(found), "<f2").reshape(-1, *self._shape)
 
-    def close(self) -> None:
-        """Give the memory map back."""
-        self._bytes = None
-
-    def faults(self) -> Iterator[str]:
-        """Everything that is wrong with the shard, a sentence each."""
-        try:
-            data = self._map()
-        except ShardError as error:
-            yield str(error)
-            return
-        yield from (f"{self._store.where(self._info.name)}: {f}" for f in self._wrong(data))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bytes": None}
-
-    def _open(self) -> memoryview:
-        data = self._map()
-        if not self._checked:
-            fault = next(self._wrong(data), None)
-            if fault and self._store.discard(self._info.name, self._info.sha256):
-                data = self._map()
-                fault = next(self._wrong(data), None)
-            if fault:
-                raise self._error(fault)
-            self._checked = True
-        self._bytes = data
-        return data
-
     def _map(self) -> memoryview:
-        info = self._info
-        with self._store.open(info.name, info.sha256) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != info.num_bytes:
-                raise self._error(f"has {size} bytes, not the {info.num_bytes} it should")
-            if size != info.num_samples * self._sizes.sample + len(_END):
-                raise self._error(
-                    f"{size} bytes cannot hold {info.num_samples} samples of {self._shape} moments "
-                    "each"
-                )
-            try:
-                return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            except OSError as error:
-                raise self._error(f"cannot be read ({error.strerror})") from error
+        data, info = super()._map(), self._info
+        if len(data) != info.num_samples * self._sizes.sample + len(_END):
+            raise self._error(
+                f"{len(data)} bytes cannot hold {info.num_samples} samples of {self._shape} "
+                "moments each"
+            )
+        return data
 
     def _wrong(self, data: memoryview) -> Iterator[str]:
         sizes, num = self._sizes, self._info.num_samples
@@ -211,6 +256,3 @@ class ShardReader:
             # Inf and NaN have all five exponent bits set; testing bits is 20 times np.isfinite.
             if (values & 0x7FFF).max() >= 0x7C00:
                 yield f"sample {key} holds values that are not finite"
-
-    def _error(self, fault: str) -> ShardError:
-        return ShardError(f"{self._store.where(self._info.name)}: {fault}; {REMEDY}")
