@@ -14,18 +14,19 @@ import signal
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit_ds import distributed, draws
-from dit_ds.manifest import Folder, Manifest, ShardError
+from dit_ds.manifest import Manifest, ShardError, Store
 from dit_ds.order import Order
 from dit_ds.shards import ShardReader
 
-_MAX_OPEN_SHARDS = 256
+_MAX_OPEN_SHARDS = 4096
+# exp(-30 / 2) = 3e-7 is the least deviation that `latents` knows.
+_LOG_VARIANCE_OF_NOTHING = -30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,55 +98,111 @@ class Split:
 class Samples:
     """Reads chosen samples of a data set: moments, labels and raw draws."""
 
-    def __init__(self, directory: Path, manifest: Manifest, *, seed: int, flip: float) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, seed: int, flip: float) -> None:
         self.manifest, self.seed, self.flip = manifest, seed, flip
-        self._directory = directory
+        self._store = store
         self._starts = np.cumsum([0] + [s.num_samples for s in manifest.shards])
-        # A reader verifies its shard's checksum once, at the first open, and may be closed since.
-        self._readers: dict[int, ShardReader] = {}
-        self._open: OrderedDict[int, None] = OrderedDict()
+        # A shard is verified once, at its first open; of its readers only the latest are kept.
+        self._verified = np.zeros(len(manifest.shards), bool)
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._image_bytes = math.prod(manifest.stored_shape) * manifest.stored_dtype.itemsize
 
-    def _reader(self, shard: int) -> ShardReader:
-        if shard not in self._readers:
-            info = self.manifest.shards[shard]
-            self._readers[shard] = ShardReader(Folder(self._directory), info, self.manifest)
-        self._open[shard] = None
-        self._open.move_to_end(shard)
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            self._readers[self._open.popitem(last=False)[0]].close()
-        return self._readers[shard]
+    def shards_of(self, ids: np.ndarray) -> np.ndarray:
+        """(N,) int64: the number of the shard that holds each sample."""
+        return np.searchsorted(self._starts, ids, side="right") - 1
+
+    def values(self, ids: np.ndarray, flips: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the shards hold, as they hold it: (N, *stored_shape), and classes (N,) int64."""
+        manifest, size = self.manifest, self._image_bytes
+        values = np.empty((len(ids), *manifest.stored_shape), manifest.stored_dtype)
+        out = values.data.cast("B")
+        y = np.empty(len(ids), np.int64)
+        shards = self.shards_of(ids)
+        rows = ids - self._starts[shards]
+        # A slice of a memory map at a time: a vectorised gather would have a shard's few samples
+        # of a batch to work on, and lose more than it gains.
+        places = zip(shards.tolist(), rows.tolist(), flips.tolist(), strict=True)
+        for i, (shard, row, flip) in enumerate(places):
+            reader = self._readers.get(shard) or self._open(shard)
+            out[i * size : (i + 1) * size] = reader.image(row, flip)
+            y[i] = reader.label(row)
+        return torch.from_numpy(values), torch.from_numpy(y)
+
+    def _open(self, shard: int) -> ShardReader:
+        info, verified = self.manifest.shards[shard], bool(self._verified[shard])
+        reader = ShardReader(self._store, info, self.manifest, checked=verified)
+        reader.label(0)
+        self._verified[shard] = True
+        self._readers[shard] = reader
+        if len(self._readers) > _MAX_OPEN_SHARDS:
+            self._readers.popitem(last=False)
+        return reader
+
+    def moments(self, values: torch.Tensor) -> torch.Tensor:
+        """(N, 2C, h, w) float32 of what the shards hold."""
+        layout = self.manifest.layout
+        x = values.float()
+        if layout is None or layout.values == "moments":
+            return x
+        if layout.values == "scaled_latents":
+            x = x / self.manifest.scaling_factor + self.manifest.shift_factor
+        return torch.cat([x, torch.full_like(x, _LOG_VARIANCE_OF_NOTHING)], dim=1)
 
     def read(self, epochs: np.ndarray, ids: np.ndarray, size: int) -> MicroBatch:
         """`size` samples: those of `ids`, then copies of the first one with weight 0."""
-        num = len(ids)
-        if num < size:
-            fill = ids[:1] if num else np.zeros(1, np.int64)
-            ids = np.concatenate([ids, np.repeat(fill, size - num)])
-            epochs = np.concatenate([epochs, np.zeros(size - num, np.int64)])
-        channels, height, width = self.manifest.latent_shape
-        moments = np.empty((size, 2 * channels, height, width), np.float32)
-        y = np.empty(size, np.int64)
+        epochs, ids, weight = _filled(epochs, ids, size)
         flips = draws.uniform(self.seed, "flip", epochs, ids) < self.flip
-        shards = np.searchsorted(self._starts, ids, side="right") - 1
-        for shard in np.unique(shards):
-            here = np.flatnonzero(shards == shard)
-            rows = ids[here] - self._starts[shard]
-            reader = self._reader(int(shard))
-            moments[here] = reader.moments(rows, flips[here])
-            y[here] = [reader.label(row) for row in rows.tolist()]
-        shape = (channels, height, width)
-        arrays = {
-            "moments": moments,
-            "y": y,
-            "weight": (np.arange(size) < num).astype(np.float32),
-            "posterior": draws.normal(self.seed, "posterior", epochs, ids, shape),
-            "noise": draws.normal(self.seed, "noise", epochs, ids, shape),
-            "time": draws.uniform(self.seed, "time", epochs, ids),
-            "drop": draws.uniform(self.seed, "drop", epochs, ids),
-            "ids": ids,
-            "epochs": epochs,
-        }
-        return MicroBatch(**{name: torch.from_numpy(a) for name, a in arrays.items()})
+        values, y = self.values(ids, flips)
+        shape = self.manifest.latent_shape
+        return MicroBatch(
+            moments=self.moments(values),
+            y=y,
+            weight=weight,
+            posterior=torch.from_numpy(draws.normal(self.seed, "posterior", epochs, ids, shape)),
+            noise=torch.from_numpy(draws.normal(self.seed, "noise", epochs, ids, shape)),
+            time=torch.from_numpy(draws.uniform(self.seed, "time", epochs, ids)),
+            drop=torch.from_numpy(draws.uniform(self.seed, "drop", epochs, ids)),
+            ids=torch.from_numpy(ids),
+            epochs=torch.from_numpy(epochs),
+        )
+
+    def read_fixed(self, ids: np.ndarray, size: int) -> MicroBatch:
+        """The same for validation: drawn from streams of its own, never mirrored or dropped.
+
+        The times of all samples of the data set are spread evenly over [0, 1), one in each of as
+        many intervals, so that their mean loss varies little with the seed.
+        """
+        epochs, ids, weight = _filled(np.zeros(len(ids), np.int64), ids, size)
+        values, y = self.values(ids, np.zeros(size, bool))
+        total, shape, seed = self.manifest.num_samples, self.manifest.latent_shape, self.seed
+        keys, sizes = np.zeros(size, np.int64), np.full(size, total)
+        interval = draws.permuted(seed, "validation_time", 0, keys, sizes, ids)
+        time = (
+            interval + draws.uniform(seed, "validation_time", 0, ids).astype(np.float64)
+        ) / total
+        posterior = draws.normal(seed, "validation_posterior", 0, ids, shape)
+        return MicroBatch(
+            moments=self.moments(values),
+            y=y,
+            weight=weight,
+            posterior=torch.from_numpy(posterior),
+            noise=torch.from_numpy(draws.normal(seed, "validation_noise", 0, ids, shape)),
+            time=torch.from_numpy(time.astype(np.float32)),
+            drop=torch.ones(size),
+            ids=torch.from_numpy(ids),
+            epochs=torch.from_numpy(epochs),
+        )
+
+
+def _filled(
+    epochs: np.ndarray, ids: np.ndarray, size: int
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Epochs and ids filled up to `size` with the first sample, and weights that say so."""
+    num = len(ids)
+    fill = ids[0] if num else 0
+    ids = np.concatenate([ids, np.full(size - num, fill, np.int64)])
+    epochs = np.concatenate([epochs, np.zeros(size - num, np.int64)])
+    return epochs, ids, torch.from_numpy((np.arange(size) < num).astype(np.float32))
 
 
 class _MicroBatches(Dataset[MicroBatch | str]):
@@ -167,7 +224,7 @@ class Loader:
     """The micro-batches of this rank, step after step, read ahead by worker processes.
 
     Args:
-        directory, manifest: the data set.
+        store, manifest: the data set.
         split: of the global batch over ranks and micro-steps.
         lanes, window, seed, flip: as in `dit_ds.config`.
         first_step, last_step: reads steps [first_step, last_step).
@@ -176,7 +233,7 @@ class Loader:
 
     def __init__(
         self,
-        directory: Path,
+        store: Store,
         manifest: Manifest,
         split: Split,
         *,
@@ -191,7 +248,7 @@ class Loader:
         sizes = [s.num_samples for s in manifest.shards]
         batch = split.global_batch
         order = Order(sizes, global_batch=batch, lanes=lanes, window=window, seed=seed)
-        samples = Samples(directory, manifest, seed=seed, flip=flip)
+        samples = Samples(store, manifest, seed=seed, flip=flip)
         numbers = range(first_step * split.num_micro, last_step * split.num_micro)
         self._split = split
         self._batches: Iterator[MicroBatch | str] = iter(

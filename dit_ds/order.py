@@ -9,6 +9,10 @@ Nothing is dropped or repeated where sizes do not divide. Positions 0, 1, 2, ...
 count through batches, and epoch e is exactly the positions [e * N, (e + 1) * N). A lane's share of
 an epoch is the number of its places among them; so shares are equal to within one step's places
 and lane boundaries move by at most a batch from epoch to epoch.
+
+Nothing is listed either: a window's shuffle is evaluated at the places that are asked for
+(`draws.permuted`). So 10^9 samples take no more memory than their shards do, and any step is found
+at once.
 """
 
 from __future__ import annotations
@@ -19,6 +23,11 @@ import numpy as np
 
 from dit_ds import draws
 
+VERSION = 2
+"""Of the order and the draws; a run is finished under the one that it was begun with."""
+
+_FOUND_TOGETHER = 4096
+
 
 class Order:
     """The order of samples for all steps.
@@ -27,7 +36,7 @@ class Order:
         shard_sizes: number of samples of each shard; sample ids count through them.
         global_batch: samples of one step.
         lanes: divides `global_batch`.
-        window: shards of a lane whose samples are shuffled together. Memory is one window a lane.
+        window: shards of a lane whose samples are shuffled together.
         seed: of the run.
     """
 
@@ -39,86 +48,89 @@ class Order:
         self.num_samples = int(self.starts[-1])
         self.global_batch, self.lanes, self.window, self.seed = global_batch, lanes, window, seed
         self._share = global_batch // lanes
-        self._bounds: dict[int, np.ndarray] = {}
-        # One plan and one window for each lane: what is being read now.
-        self._plans: dict[int, tuple[int, _Plan]] = {}
-        self._windows: dict[int, tuple[tuple[int, int], int, np.ndarray]] = {}
+        self._epochs: dict[int, _Epoch] = {}
+        self._found: dict[tuple[int, int], tuple[int, np.ndarray, np.ndarray]] = {}
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, ...]:
         """(epochs, ids) of places [start, stop) of the batch of `step`; int64 arrays.
 
-        Any step is found at once; going forward reuses the windows at hand.
+        Some steps are found together, since one alone costs numpy almost as much.
         """
         stop = self.global_batch if stop is None else stop
         assert 0 <= start <= stop <= self.global_batch, (start, stop)
-        epochs, ids = np.empty((2, stop - start), np.int64)
-        at = start
-        while at < stop:
-            lane = at // self._share
-            end = min((lane + 1) * self._share, stop)
-            while at < end:
-                position = step * self.global_batch + at
-                epoch = position // self.num_samples
-                first = self._places(epoch * self.num_samples, lane)
-                offset = self._places(position, lane) - first
-                # A read ends with its window, so where sizes do not divide, the next turn of this
-                # loop opens the next window or, in the middle of a lane's share, the next epoch.
-                run = self._read(lane, int(epoch), int(offset), end - at)
-                here = slice(at - start, at - start + len(run))
-                epochs[here], ids[here] = epoch, run
-                at += len(run)
+        num_steps = min(
+            _FOUND_TOGETHER // max(1, stop - start), self.num_samples // self.global_batch
+        )
+        num_steps = max(1, num_steps)
+        first = step // num_steps * num_steps
+        if self._found.get((start, stop), (-1,))[0] != first:
+            steps = np.arange(first, first + num_steps)
+            epochs, ids = self._batches(steps, np.arange(start, stop))
+            self._found[start, stop] = (first, epochs, ids)
+        _, epochs, ids = self._found[start, stop]
+        return epochs[step - first], ids[step - first]
+
+    def _batches(self, steps: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, ids), each (len(steps), len(places))."""
+        positions = steps[:, None] * self.global_batch + places
+        epochs = positions // self.num_samples
+        lanes = np.broadcast_to(places // self._share, positions.shape)
+        before = self._places(epochs * self.num_samples, lanes)
+        ids = self._places(positions, lanes) - before  # as yet, how far into its lane each is
+        for number in np.unique(epochs):
+            here = epochs == number
+            ids[here] = self._epoch(int(number)).ids(lanes[here], ids[here])
         return epochs, ids
 
-    def _places(self, positions: int | np.ndarray, lane: int | np.ndarray) -> np.ndarray:
-        """How many of the positions 0 .. `positions` - 1 belong to `lane`."""
+    def window_steps(self) -> int:
+        """For how many steps the samples of an average window last."""
+        shards = max(1, (len(self.starts) - 1) // self.lanes)
+        shards = min(self.window, shards)
+        return int(shards * self.num_samples / (len(self.starts) - 1) / self._share) + 1
+
+    def _places(self, positions: np.ndarray | int, lanes: np.ndarray) -> np.ndarray:
+        """How many of the positions 0 .. `positions` - 1 belong to each of `lanes`."""
         full, part = np.divmod(positions, self.global_batch)
-        return full * self._share + np.clip(part - lane * self._share, 0, self._share)
+        return full * self._share + np.clip(part - lanes * self._share, 0, self._share)
 
     def lane_bounds(self, epoch: int) -> np.ndarray:
         """(lanes + 1,) sample ids at which the lanes of this epoch begin and end."""
-        if epoch not in self._bounds:
-            lanes = np.arange(self.lanes)
-            ends = self._places((epoch + 1) * self.num_samples, lanes)
-            counts = ends - self._places(epoch * self.num_samples, lanes)
-            self._bounds = {e: b for e, b in self._bounds.items() if e >= epoch - 1}
-            self._bounds[epoch] = np.concatenate([[0], np.cumsum(counts)])
-        return self._bounds[epoch]
+        lanes = np.arange(self.lanes)
+        ends = self._places((epoch + 1) * self.num_samples, lanes)
+        counts = ends - self._places(epoch * self.num_samples, lanes)
+        return np.concatenate([[0], np.cumsum(counts)])
 
-    def _read(self, lane: int, epoch: int, offset: int, want: int) -> np.ndarray:
-        """Up to `want` ids of a lane's epoch from `offset`, as far as one window reaches."""
-        plan_epoch, plan = self._plans.get(lane, (-1, None))
-        if plan is None or plan_epoch != epoch:
-            plan = _Plan(self, lane, epoch)
-            self._plans[lane] = (epoch, plan)
-        number = int(np.searchsorted(plan.window_starts, offset, side="right")) - 1
-        key, start, ids = self._windows.get(lane, ((-1, -1), 0, _EMPTY))
-        if key != (epoch, number):
-            ids, start = plan.window_ids(number), int(plan.window_starts[number])
-            self._windows[lane] = ((epoch, number), start, ids)
-        return ids[offset - start : offset - start + want]
+    def _epoch(self, number: int) -> _Epoch:
+        if number not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if e == number - 1}
+            self._epochs[number] = _Epoch(self, number)
+        return self._epochs[number]
 
 
-_EMPTY = np.empty(0, np.int64)
+class _Epoch:
+    """One epoch, lane after lane: pieces of shards in their permuted order, cut into windows."""
 
+    def __init__(self, order: Order, number: int) -> None:
+        self._seed, self._number = order.seed, number
+        self._bounds = order.lane_bounds(number)
+        edges = np.unique(np.concatenate([order.starts, self._bounds]))
+        lane = np.searchsorted(self._bounds, edges[:-1], side="right") - 1
+        # Sorted by lane, and in the lane by a hash of the piece's first sample.
+        hashes = draws.bits(order.seed, "order", number, edges[:-1]) >> np.uint64(20)
+        turn = np.argsort(lane.astype(np.uint64) << np.uint64(44) | hashes, kind="stable")
+        counts = np.diff(edges)[turn]
+        self._first = edges[:-1][turn]  # sample id that each piece begins with
+        self._begin = np.cumsum(counts) - counts  # the piece's begin in the epoch
+        first_of_lane = np.searchsorted(lane, np.arange(order.lanes))  # `turn` leaves lanes alone
+        place = np.arange(len(turn)) - first_of_lane[lane]
+        self._windows = np.append(self._begin[place % order.window == 0], order.num_samples)
 
-class _Plan:
-    """One lane in one epoch: its pieces of shards in their permuted order, cut into windows."""
-
-    def __init__(self, order: Order, lane: int, epoch: int) -> None:
-        self._order, self._lane, self._epoch = order, lane, epoch
-        low, high = order.lane_bounds(epoch)[lane : lane + 2]
-        inner = order.starts[(order.starts > low) & (order.starts < high)]
-        edges = np.concatenate([[low], inner, [high]])
-        # Key 0 of a lane permutes its shards, key 1 + w the samples of its window w.
-        turn = draws.permutation(order.seed, "order", epoch, lane << 32, len(edges) - 1)
-        self.first, self.count = edges[:-1][turn], np.diff(edges)[turn]
-        ends = np.cumsum(self.count)
-        self.window_starts = np.concatenate([[0], ends])[: -1 : order.window]
-
-    def window_ids(self, number: int) -> np.ndarray:
-        """The sample ids of a window, shuffled."""
-        pieces = slice(number * self._order.window, (number + 1) * self._order.window)
-        runs = zip(self.first[pieces], self.count[pieces], strict=True)
-        ids = np.concatenate([np.arange(first, first + n) for first, n in runs])
-        key = (self._lane << 32) + 1 + number
-        return ids[draws.permutation(self._order.seed, "order", self._epoch, key, len(ids))]
+    def ids(self, lanes: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """The sample ids at `offsets` into `lanes`; all (N,)."""
+        at = self._bounds[lanes] + offsets
+        window = np.searchsorted(self._windows, at, side="right") - 1
+        low, high = self._windows[window], self._windows[window + 1]
+        # Negative keys, since the pieces have the others.
+        at = low + draws.permuted(self._seed, "order", self._number, ~low, high - low, at - low)
+        piece = np.searchsorted(self._begin, at, side="right") - 1
+        return self._first[piece] + at - self._begin[piece]

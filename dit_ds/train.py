@@ -36,7 +36,7 @@ from dit_ds import (
 )
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
-from dit_ds.manifest import Manifest, check_files
+from dit_ds.manifest import Folder, Manifest
 from dit_ds.models import DIT_MODELS, DiT
 from dit_ds.monitor import Monitor
 from dit_ds.objectives import DDPM
@@ -69,14 +69,15 @@ def train(
     cfg: config.Config, ds_config: dict[str, Any], run: Path, requests: launched.Requests
 ) -> None:
     """Train from the newest checkpoint of `run`, or from the beginning, to `train.steps`."""
-    directory, root = Path(cfg.data.path), run / "checkpoints"
+    root = run / "checkpoints"
     with distributed.agreed():
         if not cfg.data.path:
             raise ValueError(
                 "data.path is not set; give the folder that tools/precompute_latents.py wrote"
             )
-        manifest = Manifest.load(directory)
-        check_files(directory, manifest)
+        store = Folder(cfg.data.path)
+        manifest = store.manifest()
+        store.check(manifest)
     found = checkpoint.newest(root)
     with distributed.agreed():
         about = describe(cfg, ds_config, manifest)
@@ -124,7 +125,7 @@ def train(
 
     with (
         Loader(
-            directory,
+            store,
             manifest,
             split,
             lanes=cfg.lanes,

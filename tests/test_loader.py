@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dit_ds import distributed, draws
 from dit_ds.loader import Loader, MicroBatch, Samples, Split
-from dit_ds.manifest import Manifest
+from dit_ds.manifest import Folder, Manifest
 from dit_ds.order import Order
 from tests.conftest import make_latents, run_ranks
 
@@ -98,7 +98,7 @@ def ledger(
     manifest = Manifest.load(folder)
     split = Split.of(global_batch=batch, world_size=distributed.world_size(), micro_batch=micro)
     loader = Loader(
-        Path(folder),
+        Folder(folder),
         manifest,
         split,
         lanes=4,
@@ -152,7 +152,7 @@ def test_more_ranks_than_samples_in_a_batch(tmp_path: Path) -> None:
 
 def test_samples_are_what_the_shards_hold(tmp_path: Path) -> None:
     manifest = make_latents(tmp_path, counts=(5, 3))
-    samples = Samples(tmp_path, manifest, seed=0, flip=0.5)
+    samples = Samples(Folder(tmp_path), manifest, seed=0, flip=0.5)
     ids, epochs = np.array([7, 0, 4]), np.array([0, 2, 1])
     batch = samples.read(epochs, ids, 4)
     # The values in the order in which make_latents drew them.
