@@ -1,0 +1,66 @@
+"""The same work on many shards, in processes, with a progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def each(
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    *,
+    sizes: Sequence[int],
+    workers: int | None = None,
+) -> Iterator[Result]:
+    """`function(job)` of each job, in order, from `workers` processes (default: one per core).
+
+    sizes: bytes of each job, for the progress bar, which is there on terminals only.
+
+    Raises:
+        ValueError: a process was killed.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} is not at least 1")
+    pool = ProcessPoolExecutor(
+        max_workers=max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs))),
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start,
+    )
+    # disable=None is tqdm's word for "only on a terminal".
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None)
+    try:
+        for result, size in zip(pool.map(function, jobs), sizes, strict=True):
+            yield result
+            bar.update(size)
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a worker process was killed, for want of memory most likely; give fewer workers"
+        ) from error
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    """A worker leaves Ctrl-C to its parent, and does not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
