@@ -8,6 +8,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 SKLEARN = "scikit-learn>=1.7.2,<2"
+HTTP = "aiohttp>=3.14.5,<4"
 
 setup(
     name="dit_ds",
@@ -32,12 +33,15 @@ setup(
         "pyyaml>=6.0.3,<7",
         "pydantic>=2.14,<3",
         "safetensors>=0.8,<1",
+        "fsspec>=2026.9,<2028",
         "tqdm>=4.70,<5",
         "pillow>=12.3,<14",
     ],
     extras_require={
         "quickstart": [SKLEARN],
-        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "hypothesis>=6.150,<7", SKLEARN],
+        # Data sets at https://. For s3:// and gs://: pip install "fsspec[s3]", "fsspec[gs]".
+        "remote": [HTTP],
+        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "hypothesis>=6.150,<7", SKLEARN, HTTP],
         "dev": [
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

@@ -22,6 +22,15 @@ HOUSE: dict[str, set[str]] = {
     "latents": set(),
     "manifest": {"files"},
     "shards": {"files", "manifest"},
+    "parallel": set(),
+    "arrays": set(),
+    "indexed": {"manifest", "shards"},
+    "foreign": {"arrays", "indexed"},
+    "adopt": {"arrays", "files", "foreign", "indexed", "manifest", "parallel"},
+    "verify": {"indexed", "manifest", "parallel"},
+    "split": {"files", "indexed", "manifest", "shards"},
+    "transfer": {"files", "manifest"},
+    "remote": {"files", "manifest", "transfer"},
     "order": {"draws"},
     "loader": {"manifest", "shards", "order", "draws", "distributed"},
     "extract": {"latents", "manifest", "shards", "distributed"},
@@ -38,6 +47,7 @@ HOUSE: dict[str, set[str]] = {
 HOUSE["train"] = set(HOUSE) - {"digits", "extract", "export", "draws", "order", "samplers"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
+KNOWS_TORCH_NOT |= {"transfer", "remote"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
 
 
