@@ -38,7 +38,11 @@ class Data(Section):
     """Which latents, in which order. Image size, channels and classes come with the data."""
 
     path: str = ""
-    """Folder of a `manifest.json`, as tools/precompute_latents.py writes it."""
+    """Folder or URL (s3://, gs://, https://, hf://) of a `manifest.json`."""
+    cache: str | None = None
+    """Folder on this machine's disk for shards from a URL. Default ~/.cache/dit_ds."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Most that the cache may hold (10^9 bytes); two windows of this machine's lanes as a rule."""
     lanes: Positive | None = None
     """Parallel lanes of the order; divides the global batch. Default gcd(global batch, 64)."""
     window: Positive = 16
@@ -140,6 +144,15 @@ class Preview(Section):
     sampler: Literal["ddpm", "ddim"] = "ddim"
 
 
+class Validation(Section):
+    """Loss on other data during training, on the same noise and timesteps every time."""
+
+    path: str = ""
+    """Folder or URL of a `manifest.json`, as `tools/shards.py split` makes it; empty for none."""
+    every: Positive = 5_000
+    """Steps between two evaluations."""
+
+
 class Config(Section):
     """Everything that the recipe owns."""
 
@@ -152,6 +165,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     preview: Preview = Preview()
+    validation: Validation = Validation()
 
     @property
     def lanes(self) -> int:
@@ -180,10 +194,13 @@ class Config(Section):
 
 # What a resumed run may change; everything else would make it another run.
 _RESUMABLE = {
-    "name", "data.path", "data.allow_change", "data.workers", "model.checkpoint_every",
+    "name", "data.path", "data.cache", "data.cache_gb", "data.allow_change", "data.workers",
+    "model.checkpoint_every",
     "train.steps", "train.micro_batch_size", "train.expect_ranks", "train.stop_after_hours",
     "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
 }  # fmt: skip
+
+_WATCHING = ("preview.", "validation.")
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -236,7 +253,7 @@ def check_resume(old: Config, new: Config) -> None:
     changed = [
         f"{key}={after[key]} (was {before[key]})"
         for key in after
-        if before[key] != after[key] and key not in _RESUMABLE and not key.startswith("preview.")
+        if before[key] != after[key] and key not in _RESUMABLE and not key.startswith(_WATCHING)
     ]
     if changed:
         raise ConfigError(

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dit_ds import distributed, files, latents
 from dit_ds.config import Config
-from dit_ds.loader import Loader, MicroBatch
+from dit_ds.loader import Loader
+from dit_ds.samples import MicroBatch
 
 _TIME_BINS = 4
 _LOSSES = ("loss", "mse", "vb")
@@ -106,13 +107,7 @@ class Monitor:
         }
         if engine.fp16_enabled():
             values["loss_scale"] = float(engine.optimizer.loss_scale)
-        line: dict[str, float | None] = {"step": step, "images": images_seen}
-        # JSON knows no infinity, the norm of a step that was skipped.
-        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
-        with self._tolerating_a_full_disk():
-            self._metrics.write((json.dumps(line) + "\n").encode())
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self.add_scalars(values, step=step, images_seen=images_seen)
         told = f"loss {values['loss']:.4f}  {rate:.0f} img/s"
         if self._bar.disable:
             left = (self._config.train.steps - step) * seconds / steps
@@ -125,6 +120,18 @@ class Monitor:
             )
         else:
             self._bar.set_postfix_str(told)
+
+    def add_scalars(self, values: dict[str, float], *, step: int, images_seen: int) -> None:
+        """A line of metrics.jsonl, and a point on each of TensorBoard's curves, from rank 0."""
+        if not self._main:
+            return
+        line: dict[str, float | None] = {"step": step, "images": images_seen}
+        # JSON knows no infinity, the norm of a step that was skipped.
+        line |= {k: v if math.isfinite(v) else None for k, v in values.items()}
+        with self._tolerating_a_full_disk():
+            self._metrics.write((json.dumps(line) + "\n").encode())
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def show(self, images: np.ndarray | None, *, columns: int, step: int) -> None:
         """A grid of (N, H, W, 3) uint8 images, as PNG and in TensorBoard, on the rank with them."""

@@ -51,7 +51,9 @@ class Order:
         self._epochs: dict[int, _Epoch] = {}
         self._found: dict[tuple[int, int], tuple[int, np.ndarray, np.ndarray]] = {}
 
-    def batch(self, step: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, ...]:
+    def batch(
+        self, step: int, start: int = 0, stop: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, ids) of places [start, stop) of the batch of `step`; int64 arrays.
 
         Some steps are found together, since one alone costs numpy almost as much.

@@ -11,36 +11,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import pydantic
 import torch
 
 from dit_ds import (
-    __version__,
     checkpoint,
     config,
     distributed,
-    files,
     launched,
     optim,
+    remote,
+    rundir,
     zero,
     zero_config,
 )
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
-from dit_ds.manifest import Folder, Manifest
-from dit_ds.models import DIT_MODELS, DiT
+from dit_ds.models import DiT
 from dit_ds.monitor import Monitor
 from dit_ds.objectives import DDPM
 from dit_ds.preview import Preview
+from dit_ds.samples import MicroBatch
+from dit_ds.validation import Validation
 
 DEEPSPEED_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
@@ -75,13 +73,13 @@ def train(
             raise ValueError(
                 "data.path is not set; give the folder that tools/precompute_latents.py wrote"
             )
-        store = Folder(cfg.data.path)
+        store = remote.open_store(cfg.data.path, cfg.data.cache, cfg.data.cache_gb)
         manifest = store.manifest()
         store.check(manifest)
     found = checkpoint.newest(root)
     with distributed.agreed():
-        about = describe(cfg, ds_config, manifest)
-        check_resume(found, cfg, about, run)
+        about = rundir.describe(cfg, ds_config, manifest)
+        rundir.check_resume(found, cfg, about, run)
         with torch.device("meta"):  # sizes that do not fit are told before anything is built
             DiT(**about["weights"]["model"])
         objective = DDPM(
@@ -91,6 +89,10 @@ def train(
             learn_sigma=cfg.model.learn_sigma,
         )
         preview = Preview(cfg, manifest)
+        validation = None
+        if cfg.validation.path:
+            other = remote.open_store(cfg.validation.path, cfg.data.cache, cfg.data.cache_gb)
+            validation = Validation(cfg, other, manifest)
     state = State(found.step if found else 0, cfg.train.steps, cfg.train.global_batch_size)
     if state.done:
         distributed.print_main(
@@ -103,17 +105,22 @@ def train(
         micro_batch=cfg.train.micro_batch_size,
     )
     with distributed.agreed():
-        held = claim(run)
+        held = rundir.claim(run)
     with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
         checkpoint.load(engine, found)
+    rundir.write(run, cfg, ds_config, step=state.step)
     announce(cfg, ds_config, run, split, state, engine)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     device = distributed.device()
     # The mean over the global batch: DeepSpeed averages over ranks and leaves micro-steps to us.
     share = split.world_size / split.global_batch
     saved_step = state.step
+
+    def loss_of(model: Any, micro: MicroBatch) -> dict[str, torch.Tensor]:
+        x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
+        return objective.loss(model, x_start, micro)  # each (N,)
 
     def save() -> None:
         nonlocal saved_step
@@ -149,8 +156,7 @@ def train(
                 raise
             for micro in batch:
                 micro = micro.to(device)
-                x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
-                losses = objective.loss(engine, x_start, micro)  # each (N,)
+                losses = loss_of(engine, micro)
                 loss = (losses["loss"] * micro.weight).sum() * share
                 engine.backward(loss, scale_wrt_gas=False)
                 engine.step()  # acts at the last micro-batch
@@ -170,103 +176,17 @@ def train(
                     monitor.say(f"WARNING: {e}; training goes on and tries again at the next save")
             if preview.due(state.step) and not state.stop:
                 monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
+            if validation is not None and validation.due(state.step) and not state.stop:
+                try:
+                    values = validation.losses(engine, loss_of)
+                    monitor.add_scalars(values, step=state.step, images_seen=state.images_seen)
+                except distributed.RankError as e:
+                    monitor.say(f"WARNING: {e}; training goes on without this evaluation")
             monitor.pause(time.perf_counter() - began)
     if held is not None:
         held.close()
     why = "stopped as asked" if state.step < state.last_step else "done"
     distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
-
-
-def claim(run: Path) -> IO[bytes] | None:
-    """Make the run directory, and hold it for rank 0's process.
-
-    Raises:
-        ValueError: another training runs there (perhaps ranks whose launcher was killed), or the
-            folder cannot be made.
-    """
-    if not distributed.is_main():
-        return None
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        return files.lock(run / ".lock")
-    except ValueError as e:
-        raise ValueError(
-            f"--run {run}: {e}; end that training first (SIGTERM to its ranks), or choose another "
-            "run directory"
-        ) from e
-    except OSError as e:
-        raise ValueError(
-            f"--run {run}: {e.filename or run} cannot be written ({e.strerror}); choose another "
-            "run directory"
-        ) from e
-
-
-def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
-    channels, height, width = manifest.latent_shape
-    if height != width:
-        raise ValueError(f"latents of {height}x{width} are not square; encode square images")
-    sizes = cfg.model.model_dump(exclude={"name", "checkpoint_every"})
-    if cfg.model.name is not None:
-        if cfg.model.name not in DIT_MODELS:
-            raise config.unknown("model.name", cfg.model.name, DIT_MODELS)
-        sizes |= DIT_MODELS[cfg.model.name]
-    model = sizes | {
-        "input_size": height,
-        "in_channels": channels,
-        "num_classes": manifest.num_classes,
-    }
-    return {
-        "config": cfg.model_dump(mode="json"),
-        "precision": zero_config.precision(ds_config),
-        "dataset": manifest.fingerprint,
-        "weights": {
-            "model": model,
-            "latent_shape": list(manifest.latent_shape),
-            "scaling_factor": manifest.scaling_factor,
-            "shift_factor": manifest.shift_factor,
-            "image_size": manifest.image_size,
-            "class_names": list(manifest.class_names),
-            "num_timesteps": cfg.objective.num_timesteps,
-            "vae": manifest.vae.name,
-            "vae_sha256": manifest.vae.sha256,
-            "dataset": manifest.fingerprint,
-        },
-    }
-
-
-def check_resume(
-    found: checkpoint.Checkpoint | None, cfg: config.Config, about: dict[str, Any], run: Path
-) -> None:
-    """Refuse to continue a run with other mathematics, precision, data or sizes.
-
-    Raises:
-        ValueError: names what changed, and the remedy.
-    """
-    if found is None:
-        written = run / "config.yaml"  # of a run that ended before its first checkpoint
-        if written.is_file():
-            config.check_resume(config.load(str(written)), cfg)
-        return
-    config.check_resume(config.parse(found.about["config"], source=str(found.path)), cfg)
-    was, now = found.about["precision"], about["precision"]
-    if was != now:
-        raise ValueError(
-            f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
-            f"{was}, or start another run with --run runs/OTHER_NAME"
-        )
-    if found.about["dataset"] != about["dataset"] and not cfg.data.allow_change:
-        raise ValueError(
-            f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
-            "the old one, or set data.allow_change=true to go on with this one"
-        )
-    before, after = found.about["weights"]["model"], about["weights"]["model"]
-    changed = [f"{k}={after[k]} (was {before.get(k)})" for k in after if after[k] != before.get(k)]
-    if changed:
-        raise ValueError(
-            f"data.path={cfg.data.path} asks for another model than this run has: "
-            f"{', '.join(changed)}; start another run with --run runs/OTHER_NAME"
-        )
 
 
 def build_engine(
@@ -306,31 +226,7 @@ def announce(
     state: State,
     engine: Any,
 ) -> None:
-    """Say what is about to happen, and write it into the run directory."""
-    hosts = distributed.gather_json(f"{platform.node()} {_device_name()}")
-    with distributed.agreed():
-        if distributed.is_main():
-            files.write_atomically(run / "config.yaml", cfg.to_yaml())
-            files.write_atomically(run / "ds_config.json", json.dumps(ds_config, indent=1))
-            environment = {
-                "dit_ds": __version__,
-                "git": _git_commit(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "deepspeed": deepspeed.__version__,
-                "ranks": hosts,
-                "started_at_step": state.step,
-            }
-            files.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
-    with distributed.agreed():
-        deadline = time.monotonic() + 30  # shared file systems lag
-        while not (run / "config.yaml").is_file():
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"--run {run.absolute()} on this host is not the folder that rank 0 writes to; "
-                    "put runs on storage that all hosts share"
-                )
-            time.sleep(0.1)
+    """Say what is about to happen."""
     num_parameters = sum(map(_numel, zero.parameter_shapes(engine).values()))
     say = distributed.print_main
     say(
@@ -347,20 +243,6 @@ def announce(
 
 def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _device_name() -> str:
-    device = distributed.device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -44,12 +44,19 @@ REPO = Path(__file__).parents[1]
 
 
 def make_latents(
-    folder: Path, counts: tuple[int, ...] = (40, 40, 20), channels: int = 4, size: int = 4
+    folder: Path,
+    counts: tuple[int, ...] = (40, 40, 20),
+    channels: int = 4,
+    size: int = 4,
+    first: int = 0,
 ) -> Manifest:
-    """A data set of random moments in shards of these sizes, with three classes."""
+    """A data set of random moments in shards of these sizes, with three classes.
+
+    `first`, the number in the first key, also makes the values others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    shards, number = [], 0
+    rng = np.random.default_rng(first)
+    shards, number = [], first
     for i, count in enumerate(counts):
         with ShardWriter(folder / f"shard-{i:06d}.tar") as writer:
             for _ in range(count):

@@ -35,7 +35,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def losses(run: Path) -> list[float]:
     """The logged losses, step after step."""
-    return [m["loss"] for m in metrics(run)]
+    return [m["loss"] for m in metrics(run) if "loss" in m]
 
 
 def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -86,13 +86,13 @@ def test_state_is_bitwise_the_same_in_any_topology(
 
 def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[float]]:
     """Load a run's checkpoint into a fresh engine of this world and stage, and save it again."""
-    from dit_ds import config, train, zero, zero_config
+    from dit_ds import config, rundir, train, zero, zero_config
     from dit_ds.loader import Split
     from dit_ds.manifest import Manifest
 
     distributed.init()
     cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
-    about = train.describe(cfg, tree, Manifest.load(cfg.data.path))
+    about = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))
     split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
     engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
     found = checkpoint.newest(Path(tiny["run"]) / "checkpoints")

@@ -32,19 +32,38 @@ HOUSE: dict[str, set[str]] = {
     "transfer": {"files", "manifest"},
     "remote": {"files", "manifest", "transfer"},
     "order": {"draws"},
-    "loader": {"manifest", "shards", "order", "draws", "distributed"},
-    "extract": {"latents", "manifest", "shards", "distributed"},
+    "samples": {"draws", "indexed", "manifest", "shards"},
+    "loader": {"distributed", "manifest", "order", "remote", "samples"},
+    "sources": {"remote", "transfer"},
+    "units": {"files", "remote", "sources", "transfer"},
+    "plan": {"distributed", "files", "latents", "manifest", "remote", "sources", "units"},
+    "records": {"files", "manifest"},
+    "pipeline": {"latents", "manifest", "plan", "records", "shards", "units"},
+    "progress": {"distributed"},
+    "extract": {"distributed", "files", "latents", "manifest", "sources", "units"}
+    | {"plan", "records", "pipeline", "progress"},
     "samplers": {"objectives", "draws"},
     "zero": set(),
     "archive": {"files"},
     "checkpoint": {"archive", "distributed", "files", "zero"},
     "export": {"models", "archive", "checkpoint", "distributed", "files"},
+    "rundir": {
+        *("archive", "config", "distributed", "files", "manifest", "models", "order"),
+        "zero_config",
+    },
     "launched": {"distributed"},
     "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
-    "monitor": {"config", "distributed", "files", "latents", "loader"},
+    "validation": {"config", "distributed", "manifest", "samples", "zero"},
+    "monitor": {"config", "distributed", "files", "latents", "loader", "samples"},
+    "benchmark": {"extract", "latents", "manifest", "order", "samples", "shards"},
     "digits": {"files"},
 }
-HOUSE["train"] = set(HOUSE) - {"digits", "extract", "export", "draws", "order", "samplers"}
+HOUSE["train"] = {
+    *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
+    *("objectives", "optim", "preview", "remote", "rundir", "samples", "validation", "zero"),
+    "zero_config",
+}
+HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}

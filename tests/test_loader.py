@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_ds import distributed, draws
-from dit_ds.loader import Loader, MicroBatch, Samples, Split
-from dit_ds.manifest import Folder, Manifest
-from dit_ds.order import Order
+from dit_ds.loader import Loader, Split
+from dit_ds.manifest import Folder, Manifest, ShardInfo
+from dit_ds.order import VERSION, Order
+from dit_ds.samples import MicroBatch, Samples
 from tests.conftest import make_latents, run_ranks
 
 
@@ -91,13 +95,20 @@ def test_split_covers_the_batch_once(batch: int, world: int, micro: int) -> None
 
 
 def ledger(
-    folder: str, batch: int, micro: int, workers: int, first: int, last: int
+    folder: str,
+    batch: int,
+    micro: int,
+    workers: int,
+    first: int,
+    last: int,
+    shutdown: bool = True,
 ) -> list[list[tuple[int, int, int, str]]]:
     """For each step: (epoch, sample, class, hash of data and draws) of this rank's samples."""
     distributed.init()
     manifest = Manifest.load(folder)
     split = Split.of(global_batch=batch, world_size=distributed.world_size(), micro_batch=micro)
-    loader = Loader(
+    steps = []
+    with Loader(
         Folder(folder),
         manifest,
         split,
@@ -108,14 +119,13 @@ def ledger(
         first_step=first,
         last_step=last,
         workers=workers,
-    )
-    steps = []
-    for _ in range(first, last):
-        micros = loader.next()
-        assert len(micros) == split.num_micro
-        steps.append([row for m in micros for row in rows(m)])
-    del loader
-    distributed.shutdown()
+    ) as loader:
+        for _ in range(first, last):
+            micros = loader.next()
+            assert len(micros) == split.num_micro
+            steps.append([row for m in micros for row in rows(m)])
+    if shutdown:
+        distributed.shutdown()
     return steps
 
 
@@ -132,16 +142,33 @@ def joined(ranks: list[list[list[tuple[int, int, int, str]]]]) -> list[list[tupl
     return [[row for rank in ranks for row in rank[step]] for step in range(len(ranks[0]))]
 
 
+def ledgers(folder: str, batch: int, last: int) -> dict[str, list]:
+    """The ledger for all workers and micro-batches, and from several first steps, of this rank."""
+    found = {}
+    for workers in (0, 1, 3):
+        for micro in (2, 8):
+            # From the beginning, and from a step of its own for each: in all epochs, at their ends.
+            for first in (0, 1 + (workers * 2 + micro // 8) * 2):
+                steps = ledger(folder, batch, micro, workers, first, last, shutdown=False)
+                found[f"{workers} {micro} {first}"] = steps
+    distributed.shutdown()
+    return found
+
+
 def test_ranks_workers_micro_batches_and_resumes_change_nothing(tmp_path: Path) -> None:
     make_latents(tmp_path, counts=(13, 7, 30))
-    folder, steps = str(tmp_path), 11
+    folder, steps = str(tmp_path), 18
     alone = joined(run_ranks(1, ledger, folder, 12, 12, 0, 0, steps))
     assert [len(step) for step in alone] == [12] * steps
-    first_epoch = [row[1] for step in alone for row in step if row[0] == 0]
-    assert sorted(first_epoch) == list(range(50))
-    for world, micro, workers in ((2, 4, 0), (3, 8, 1), (4, 2, 3), (5, 12, 0)):
-        assert joined(run_ranks(world, ledger, folder, 12, micro, workers, 0, steps)) == alone
-    assert joined(run_ranks(2, ledger, folder, 12, 5, 1, 7, steps)) == alone[7:]
+    for epoch in range(4):
+        seen = [row[1] for step in alone for row in step if row[0] == epoch]
+        assert sorted(seen) == list(range(50))
+    for world in (1, 2, 3, 4):
+        ranks = run_ranks(world, ledgers, folder, 12, steps)
+        for how in ranks[0]:
+            first = int(how.split()[2])
+            assert joined([rank[how] for rank in ranks]) == alone[first:], (world, how)
+    assert joined(run_ranks(5, ledger, folder, 12, 12, 0, 7, steps)) == alone[7:]
 
 
 def test_more_ranks_than_samples_in_a_batch(tmp_path: Path) -> None:
@@ -184,3 +211,61 @@ def test_a_damaged_shard_stops_all_ranks_with_its_name(tmp_path: Path, workers: 
     told = run_ranks(2, damaged, str(tmp_path), workers)
     assert told[0] == told[1]
     assert "shard-000001.tar" in told[0]
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_a_host_reads_its_share_of_the_shards(hosts: int) -> None:
+    sizes = np.random.default_rng(0).integers(50, 150, 640)  # 640 shards that do not divide
+    order = Order(sizes.tolist(), global_batch=256, lanes=64, window=4, seed=0)
+    steps = order.num_samples // 256
+    for epoch in (0, 1):
+        for host in range(hosts):
+            places = (host * 256 // hosts, (host + 1) * 256 // hosts)
+            first = epoch * steps + 1
+            ids = np.concatenate([order.batch(s, *places)[1] for s in range(first, first + steps)])
+            touched = np.unique(np.searchsorted(order.starts, ids, side="right") - 1)
+            assert 0.9 * 640 / hosts < len(touched) < 1.1 * 640 / hosts
+
+
+_A_BILLION = """
+import json, resource, sys
+from dit_ds import loader  # what a rank has imported anyway
+from dit_ds.manifest import Manifest
+from dit_ds.order import VERSION, Order
+from dit_ds.samples import MicroBatch, Samples
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+manifest = Manifest.load(sys.argv[1])
+sizes = [s.num_samples for s in manifest.shards]
+order = Order(sizes, global_batch=256, lanes=64, window=16, seed=0)
+manifest.fingerprint
+seen = set()
+for step in range(2 * manifest.num_samples // 256, 2 * manifest.num_samples // 256 + 300):
+    seen |= set(order.batch(step)[1].tolist())
+print(json.dumps([manifest.num_samples, len(seen), (peak() - before) / 1024]))
+"""
+
+
+def test_a_billion_samples_take_little_memory(tmp_path: Path) -> None:
+    shards = tuple(
+        ShardInfo(name=f"s-{i:06d}.tar", num_samples=10_000, num_bytes=1, sha256=f"{i:064x}")
+        for i in range(100_000)
+    )
+    make_latents(tmp_path).model_copy(update={"shards": shards}).save(tmp_path)
+    command = [sys.executable, "-c", _A_BILLION, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    num_samples, num_seen, mebibytes = json.loads(done.stdout)
+    # Steps that straddle an epoch may repeat a few samples of the one before.
+    assert num_samples == 10**9 and num_seen >= 300 * 256 - 256
+    assert mebibytes < 200
+
+
+def test_an_order_that_changes_is_another_version() -> None:
+    """Change `order.VERSION` with what this pins, so that no run goes on in another order."""
+    order = Order([7, 40, 13], global_batch=8, lanes=4, window=2, seed=5)
+    ids = np.concatenate([order.batch(step)[1] for step in range(16)])
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    assert (VERSION, digest) == (
+        2,
+        "ace1c9bf6ae2bc38c2b3041b09484af4c42987eb5a0426260bb6042073b5111a",
+    )

@@ -11,10 +11,10 @@ import torch
 from dit_ds import config, optim
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
-from dit_ds.manifest import Manifest
+from dit_ds.manifest import Folder, Manifest
 from dit_ds.models import DiT
 from dit_ds.objectives import DDPM
-from dit_ds.train import describe
+from dit_ds.rundir import describe
 from tests import runs
 from tests.conftest import REPO, run_ranks
 
@@ -28,7 +28,7 @@ def plain_pytorch(cfg: config.Config) -> tuple[list[float], dict[str, torch.Tens
     manifest = Manifest.load(cfg.data.path)
     batch_size = cfg.train.global_batch_size
     loader = Loader(
-        Path(cfg.data.path),
+        Folder(cfg.data.path),
         manifest,
         Split.of(global_batch=batch_size, world_size=1, micro_batch=batch_size),
         lanes=cfg.lanes,

@@ -1,0 +1,199 @@
+"""What the data plane reaches, as ratios to a limit or a peer that is measured in the same run.
+
+Absolute times on shared machines mean nothing. Run by `tools/benchmark.py`; figures stand in
+tools/BENCHMARKS.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dit_ds.manifest import Folder, Manifest, ShardInfo, VaeInfo
+from dit_ds.order import Order
+from dit_ds.samples import Samples
+from dit_ds.shards import ShardWriter
+
+_BATCH = 256
+
+
+def medians(ways: dict[str, Callable[[], None]], *, num_items: int, repeats: int) -> dict[str, int]:
+    """Items per second of each way of doing the same work, the median of `repeats` turns.
+
+    The ways take turns, so that what else the machine does falls on all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with tqdm(total=len(ways) * (repeats + 1), disable=None, leave=False) as bar:
+        for turn in range(repeats + 1):
+            for name, way in ways.items():
+                bar.set_description(name)
+                began = time.perf_counter()
+                way()
+                if turn:  # the first one fills the page cache
+                    seconds[name].append(time.perf_counter() - began)
+                bar.update()
+    return {name: round(num_items / statistics.median(s)) for name, s in seconds.items()}
+
+
+def loader(
+    *, latent_shape: tuple[int, int, int] = (4, 32, 32), num_samples: int = 8192, repeats: int = 5
+) -> dict[str, float]:
+    """Samples per second from the page cache, on one thread, over the same samples.
+
+    floor: `preadv` of the same bytes in the same shuffled order into the batch buffer.
+    read: our loader, order and all, giving float16 moments.
+    read_and_draws: the same in float32 with all raw draws.
+    read_first_epoch: `read` as a run begins, with each shard's checksum.
+    webdataset: a plain webdataset pipeline over the same shards.
+    file_per_sample: a `.npy` for each sample's moments and one for its class.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        manifest = _make_data(folder, latent_shape, num_samples)
+        sizes = [shard.num_samples for shard in manifest.shards]
+        order = Order(sizes, global_batch=_BATCH, lanes=64, window=16, seed=0)
+        steps = range(num_samples // _BATCH)
+        samples = Samples(Folder(folder), manifest, seed=0, flip=0.5)
+        flips = np.random.default_rng(0).integers(0, 2, _BATCH)
+
+        def read(samples: Samples = samples) -> None:
+            for step in steps:
+                samples.values(order.batch(step)[1], flips)
+
+        def read_and_draws() -> None:
+            for step in steps:
+                samples.read(*order.batch(step), _BATCH)
+
+        ways = {
+            "floor": _preadv(folder, manifest, [order.batch(s)[1] for s in steps], flips),
+            "read": read,
+            "read_and_draws": read_and_draws,
+            "read_first_epoch": lambda: read(Samples(Folder(folder), manifest, seed=0, flip=0.5)),
+            "webdataset": _webdataset(folder, manifest),
+            "file_per_sample": _files(folder, [order.batch(s)[1] for s in steps]),
+        }
+        rates: dict[str, float] = dict(medians(ways, num_items=num_samples, repeats=repeats))
+    return rates | {
+        "floor_over_read": rates["floor"] / rates["read"],
+        "read_over_file_per_sample": rates["read"] / rates["file_per_sample"],
+        "read_over_webdataset": rates["read"] / rates["webdataset"],
+    }
+
+
+def order(*, num_shards: int = 100_000, repeats: int = 5) -> dict[str, float]:
+    """Seconds until the samples of a step in the middle of epoch 3 are known, of a billion.
+
+    open_seconds: the manifest from the page cache. first_batch_seconds: in a process that knows no
+    order yet. next_batch_seconds: of each step after it.
+    """
+    shards = tuple(
+        ShardInfo(name=f"s-{i:06d}.tar", num_samples=10_000, num_bytes=1, sha256=f"{i:064x}")
+        for i in range(num_shards)
+    )
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        manifest = _make_data(Path(temporary), (4, 4, 4), 1)
+        manifest.model_copy(update={"shards": shards}).save(temporary)
+        for _ in range(repeats):
+            times = [time.perf_counter()]
+            manifest = Manifest.load(temporary)
+            times.append(time.perf_counter())
+            sizes = [shard.num_samples for shard in manifest.shards]
+            order = Order(sizes, global_batch=_BATCH, lanes=64, window=16, seed=0)
+            step = int(2.5 * manifest.num_samples / _BATCH)
+            order.batch(step)
+            times.append(time.perf_counter())
+            for i in range(1, 1001):
+                order.batch(step + i)
+            times.append(time.perf_counter())
+            opening, first, others = np.diff(times)
+            for name, value in {
+                "open_seconds": opening,
+                "first_batch_seconds": first,
+                "next_batch_seconds": others / 1000,
+            }.items():
+                found.setdefault(name, []).append(float(value))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {"num_samples": manifest.num_samples} | medians
+
+
+def _make_data(folder: Path, latent_shape: tuple[int, int, int], num_samples: int) -> Manifest:
+    channels, high, wide = latent_shape
+    rng, shards = np.random.default_rng(0), []
+    for first in range(0, num_samples, 1024):
+        with ShardWriter(folder / f"latents-{first // 1024:06d}.tar") as shard:
+            for i in range(first, min(first + 1024, num_samples)):
+                moments = rng.standard_normal((2, 2 * channels, high, wide), np.float32)
+                shard.add(f"{i:09d}", moments.astype(np.float16), i % 1000)
+                np.save(folder / f"{i}.npy", moments[0].astype(np.float16))
+                np.save(folder / f"{i}.label.npy", np.array([i % 1000]))
+        shards.append(shard.info)
+    return Manifest(
+        created_by="benchmark",
+        class_names=tuple(map(str, range(1000))),
+        image_size=8 * high,
+        latent_shape=latent_shape,
+        scaling_factor=0.18215,
+        vae=VaeInfo(name="none", sha256="0" * 64),
+        shards=tuple(shards),
+    )
+
+
+def _preadv(
+    folder: Path, manifest: Manifest, batches: list[np.ndarray], flips: np.ndarray
+) -> Callable[[], None]:
+    """Reads of exactly the bytes of each image's moments, whose places were found before."""
+    import os
+    import tarfile
+
+    places = []  # by sample: file and first byte
+    for shard in manifest.shards:
+        file = os.open(folder / shard.name, os.O_RDONLY)
+        with tarfile.open(folder / shard.name, "r:") as tar:
+            members = [m for m in tar if m.name.endswith(".npy")]
+        places += [(file, m.offset_data + 128) for m in members]
+    size = 2 * int(np.prod(manifest.moments_shape))
+    buffer = memoryview(bytearray(_BATCH * size))
+    views = [[buffer[i * size : (i + 1) * size]] for i in range(_BATCH)]
+    reads = []
+    for ids in batches:
+        rows = zip(views, [places[i] for i in ids], flips.tolist(), strict=True)
+        reads.append([(view, file, first + flip * size) for view, (file, first), flip in rows])
+
+    def run() -> None:
+        for batch in reads:
+            for view, file, offset in batch:
+                os.preadv(file, view, offset)
+
+    return run
+
+
+def _webdataset(folder: Path, manifest: Manifest) -> Callable[[], None]:
+    import webdataset
+
+    paths = [str(folder / shard.name) for shard in manifest.shards]
+
+    def run() -> None:
+        dataset = webdataset.WebDataset(paths, shardshuffle=100).shuffle(1000).decode()
+        for _ in dataset.to_tuple("moments.npy", "cls").batched(_BATCH):
+            pass
+
+    return run
+
+
+def _files(folder: Path, batches: list[np.ndarray]) -> Callable[[], None]:
+    def run() -> None:
+        for ids in batches:
+            names = [str(folder / str(i)) for i in ids]
+            np.stack([np.load(f"{name}.npy", allow_pickle=False) for name in names])
+            np.stack([np.load(f"{name}.label.npy", allow_pickle=False) for name in names])
+
+    return run

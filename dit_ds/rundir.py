@@ -1,0 +1,168 @@
+"""A run is a directory: who holds it, what stands in it, and what may go on in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from dit_ds import __version__, config, distributed, files, order, zero_config
+from dit_ds.archive import Checkpoint
+from dit_ds.manifest import Manifest
+from dit_ds.models import DIT_MODELS
+
+
+def claim(run: Path) -> IO[bytes] | None:
+    """Make the run directory, and hold it for rank 0's process.
+
+    Raises:
+        ValueError: another training runs there (perhaps ranks whose launcher was killed), or the
+            folder cannot be made.
+    """
+    if not distributed.is_main():
+        return None
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return files.lock(run / ".lock")
+    except ValueError as e:
+        raise ValueError(
+            f"--run {run}: {e}; end that training first (SIGTERM to its ranks), or choose another "
+            "run directory"
+        ) from e
+    except OSError as e:
+        raise ValueError(
+            f"--run {run}: {e.filename or run} cannot be written ({e.strerror}); choose another "
+            "run directory"
+        ) from e
+
+
+def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
+    channels, height, width = manifest.latent_shape
+    if height != width:
+        raise ValueError(f"latents of {height}x{width} are not square; encode square images")
+    if cfg.data.flip and not manifest.mirrored:
+        raise ValueError(
+            f"data.flip={cfg.data.flip} asks for mirrored images, and data.path={cfg.data.path}, "
+            "made by others, has none; set data.flip=0"
+        )
+    sizes = cfg.model.model_dump(exclude={"name", "checkpoint_every"})
+    if cfg.model.name is not None:
+        if cfg.model.name not in DIT_MODELS:
+            raise config.unknown("model.name", cfg.model.name, DIT_MODELS)
+        sizes |= DIT_MODELS[cfg.model.name]
+    model = sizes | {
+        "input_size": height,
+        "in_channels": channels,
+        "num_classes": manifest.num_classes,
+    }
+    return {
+        "config": cfg.model_dump(mode="json"),
+        "precision": zero_config.precision(ds_config),
+        "dataset": manifest.fingerprint,
+        "order": order.VERSION,
+        "weights": {
+            "model": model,
+            "latent_shape": list(manifest.latent_shape),
+            "scaling_factor": manifest.scaling_factor,
+            "shift_factor": manifest.shift_factor,
+            "image_size": manifest.image_size,
+            "class_names": list(manifest.class_names),
+            "num_timesteps": cfg.objective.num_timesteps,
+            "vae": manifest.vae.name,
+            "vae_sha256": manifest.vae.sha256,
+            "dataset": manifest.fingerprint,
+        },
+    }
+
+
+def check_resume(
+    found: Checkpoint | None, cfg: config.Config, about: dict[str, Any], run: Path
+) -> None:
+    """Refuse to continue a run with other mathematics, precision, data or sizes.
+
+    Raises:
+        ValueError: names what changed, and the remedy.
+    """
+    if found is None:
+        written = run / "config.yaml"  # of a run that ended before its first checkpoint
+        if written.is_file():
+            config.check_resume(config.load(str(written)), cfg)
+        return
+    config.check_resume(config.parse(found.about["config"], source=str(found.path)), cfg)
+    if found.about.get("order", 1) != about["order"]:
+        raise ValueError(
+            f"{found.path} was made by an earlier dit_ds, which took the samples in another order "
+            "and with other noise; finish the run with that version, or start another one with "
+            "--run runs/OTHER_NAME"
+        )
+    was, now = found.about["precision"], about["precision"]
+    if was != now:
+        raise ValueError(
+            f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
+            f"{was}, or start another run with --run runs/OTHER_NAME"
+        )
+    if found.about["dataset"] != about["dataset"] and not cfg.data.allow_change:
+        raise ValueError(
+            f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
+            "the old one, or set data.allow_change=true to go on with this one"
+        )
+    before, after = found.about["weights"]["model"], about["weights"]["model"]
+    changed = [f"{k}={after[k]} (was {before.get(k)})" for k in after if after[k] != before.get(k)]
+    if changed:
+        raise ValueError(
+            f"data.path={cfg.data.path} asks for another model than this run has: "
+            f"{', '.join(changed)}; start another run with --run runs/OTHER_NAME"
+        )
+
+
+def write(run: Path, cfg: config.Config, ds_config: dict[str, Any], *, step: int) -> None:
+    """Write what the run is made of into its directory; a collective.
+
+    Raises:
+        RankError: it cannot be written, or some rank does not see what rank 0 wrote.
+    """
+    hosts = distributed.gather_json(f"{platform.node()} {_device_name()}")
+    with distributed.agreed():
+        if distributed.is_main():
+            files.write_atomically(run / "config.yaml", cfg.to_yaml())
+            files.write_atomically(run / "ds_config.json", json.dumps(ds_config, indent=1))
+            environment = {
+                "dit_ds": __version__,
+                "git": _git_commit(),
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "deepspeed": version("deepspeed"),
+                "ranks": hosts,
+                "started_at_step": step,
+            }
+            files.write_atomically(run / "environment.json", json.dumps(environment, indent=1))
+    with distributed.agreed():
+        deadline = time.monotonic() + 30  # shared file systems lag
+        while not (run / "config.yaml").is_file():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--run {run.absolute()} on this host is not the folder that rank 0 writes to; "
+                    "put runs on storage that all hosts share"
+                )
+            time.sleep(0.1)
+
+
+def _device_name() -> str:
+    device = distributed.device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

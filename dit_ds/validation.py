@@ -1,0 +1,102 @@
+"""The loss on other data during training: the same samples, noise and timesteps every time.
+
+Each sample stands at the same place of the same batch whatever the number of ranks, and the mean is
+taken in the order of the samples, so the figure does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_ds import distributed, zero
+from dit_ds.config import Config
+from dit_ds.manifest import Manifest, Store
+from dit_ds.samples import MicroBatch, Samples
+
+_LOSSES = ("loss", "mse", "vb")
+
+
+class Validation:
+    """Evaluates the weights as they are and their average; a collective, on every rank alike.
+
+    Raises:
+        ValueError: the data do not fit the training's, or are part of them.
+    """
+
+    def __init__(self, cfg: Config, store: Store, training: Manifest) -> None:
+        self._cfg = cfg
+        manifest = store.manifest()
+        store.check(manifest)
+        where = f"validation.path={cfg.validation.path}"
+        for name in ("latent_shape", "class_names", "scaling_factor", "shift_factor", "vae"):
+            mine, theirs = getattr(manifest, name), getattr(training, name)
+            if name == "vae":
+                mine, theirs = mine.sha256, theirs.sha256
+            if mine != theirs:
+                raise ValueError(
+                    f"{where} has another {name} than data.path={cfg.data.path}; give a part of "
+                    "the same data, as `tools/shards.py split` makes it"
+                )
+        shared = {s.sha256 for s in manifest.shards} & {s.sha256 for s in training.shards}
+        if shared:
+            name = next(s.name for s in manifest.shards if s.sha256 in shared)
+            raise ValueError(
+                f"{where} and data.path={cfg.data.path} share {len(shared)} shards (first: {name});"
+                " what is trained on cannot validate; `tools/shards.py split` makes two parts"
+            )
+        self._num_samples = manifest.num_samples
+        self._samples = Samples(store, manifest, seed=cfg.seed, flip=0.0)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after this step: at intervals, and at the end."""
+        return step % self._cfg.validation.every == 0 or step == self._cfg.train.steps
+
+    def losses(
+        self, engine: Any, loss: Callable[[Any, MicroBatch], dict[str, torch.Tensor]]
+    ) -> dict[str, float]:
+        """Mean of each loss over all samples, of the weights and of their average (`ema`).
+
+        `loss` gives the losses (N,) of a model on a batch. Leaves the weights bitwise as they were.
+
+        Raises:
+            RankError: a shard is damaged, on every rank.
+        """
+        values: dict[str, float] = {}
+        engine.eval()
+        try:
+            for name, weights in (
+                ("validation", contextlib.nullcontext()),
+                ("validation_ema", zero.averaged_weights(engine)),
+            ):
+                with weights, torch.no_grad():
+                    means = self._means(engine, loss)
+                values |= {f"{name}/{k}": m for k, m in zip(_LOSSES, means, strict=True)}
+        finally:
+            engine.train()
+        return values
+
+    def _means(
+        self, engine: Any, loss: Callable[[Any, MicroBatch], dict[str, torch.Tensor]]
+    ) -> list[float]:
+        rank, world = distributed.rank(), distributed.world_size()
+        size = self._cfg.train.micro_batch_size
+        num_batches = -(-self._num_samples // size)
+        # At stage 3 every forward pass is a collective, so all ranks compute equally many.
+        rounds = -(-num_batches // world)
+        found = torch.zeros(rounds, len(_LOSSES), size)
+        for i in range(rounds):
+            first = min(rank + i * world, num_batches - 1) * size
+            ids = np.arange(first, min(first + size, self._num_samples))
+            with distributed.agreed():
+                batch = self._samples.read_fixed(ids, size).to(distributed.device())
+            losses = loss(engine, batch)
+            found[i] = torch.stack([losses[k] for k in _LOSSES]).cpu()
+        # (rounds, world, losses, size): batch after batch, of which the last ones only fill up.
+        everyone = torch.stack(distributed.gather_tensor(found), dim=1)
+        by_sample = everyone.flatten(0, 1).transpose(0, 1).flatten(1)[:, : self._num_samples]
+        return by_sample.double().mean(1).tolist()
