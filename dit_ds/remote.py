@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from dit_ds import files
-from dit_ds.manifest import MANIFEST_NAME, Manifest, ShardError
+from dit_ds.manifest import MANIFEST_NAME, Folder, Manifest, ShardError, Store
 from dit_ds.transfer import download, no_space, remote_size
 
 _NUM_PARALLEL = 4  # downloads of one prefetcher
@@ -131,9 +131,16 @@ class Cache:
         with _locked(self.folder / "lock"):
             self.clean()  # what is still locked below is alive
             # Locks before files: a download that ends in between is counted twice, never not.
-            reserved = sum(int(_text(path) or 0) for path in self.folder.glob("*.lock"))
-            arrived = sum(_stat(path)[1] for path in self.folder.glob("*.part"))
-            cached = sorted((*_stat(p), p) for p in self.folder.iterdir() if len(p.name) == 64)
+            locks = [name for name in os.listdir(self.folder) if name.endswith(".lock")]
+            reserved = sum(int(_text(self.folder / name) or 0) for name in locks)
+            cached, arrived = [], 0
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                    found = entry.stat()
+                    if len(entry.name) == 64:
+                        cached.append((found.st_mtime_ns, found.st_size, entry.path))
+                    elif entry.name.endswith(".part"):
+                        arrived += found.st_size
             used = sum(size for _, size, _ in cached)
             free = shutil.disk_usage(self.folder).free - (reserved - arrived)
             room = min(free, self.max_bytes - used - reserved)
@@ -141,10 +148,10 @@ class Cache:
                 if reserved:
                     return False
                 raise no_space(url, self.folder)
-            for _, size, path in cached:
+            for _, size, path in sorted(cached):
                 if room >= num_bytes:
                     break
-                path.unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)
                 room += size
             lock.write(b"%d" % num_bytes)
             lock.flush()
@@ -157,15 +164,6 @@ def _text(path: Path) -> str:
         return path.read_text()
     except FileNotFoundError:
         return ""
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    """(time of the last use, bytes) of a file; zeros if it has gone."""
-    try:
-        found = path.stat()
-        return found.st_mtime_ns, found.st_size
-    except FileNotFoundError:
-        return 0, 0
 
 
 @contextlib.contextmanager
@@ -335,3 +333,11 @@ class Prefetcher:
                 if asked.get(number, step - self._horizon - 1) < step - self._horizon:
                     yield number
                 asked[number] = step
+
+
+def open_store(path: str, cache: str | None = None, cache_gb: float = 100.0) -> Store:
+    """The store of a folder, or of a URL through the cache in the folder `cache`."""
+    if not is_url(path):
+        return Folder(path)
+    folder = Path(cache) if cache else default_cache_folder()
+    return Remote(path, Cache(folder, int(cache_gb * 1e9)))

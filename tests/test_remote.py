@@ -219,8 +219,10 @@ def test_eviction_harms_no_reader(origin: Origin, tmp_path: Path) -> None:
     assert np.array_equal(reader.moments(rows, rows * 0), before)
 
 
-def test_a_killed_download_leaves_nothing_that_counts(origin: Origin, cache: Cache) -> None:
+def test_a_killed_download_leaves_nothing_that_counts(origin: Origin, tmp_path: Path) -> None:
     manifest = Manifest.load(origin.folder)
+    # Room for the three shards below: what the dead had reserved is free again.
+    cache = Cache(tmp_path / "cache", 3 * manifest.shards[0].num_bytes)
     store, sha256 = Remote(origin.url, cache), manifest.shards[0].sha256
     origin.faults = {shard.name: ["stall"] for shard in manifest.shards[:2]}
     children = [in_child(lambda n=n: read(store, manifest, n)) for n in (0, 1)]  # type: ignore[misc]
@@ -239,6 +241,25 @@ def test_a_killed_download_leaves_nothing_that_counts(origin: Origin, cache: Cac
     children[1].join()
     cache.clean()
     assert held(cache) == {manifest.shards[0].sha256, manifest.shards[2].sha256}
+
+
+def test_a_fork_in_mid_download_takes_no_lock_along(origin: Origin, cache: Cache) -> None:
+    store, manifest = Remote(origin.url, cache), Manifest.load(origin.folder)
+    origin.faults[manifest.shards[0].name] = ["trickle"]
+    reading = threading.Thread(target=read, args=(store, manifest))
+    reading.start()
+    until(lambda: list(cache.folder.glob("*.part")))
+    child = in_child(signal.pause)
+    try:
+        reading.join()
+        (cache.folder / manifest.shards[0].sha256).unlink()
+        again = threading.Thread(target=read, args=(store, manifest), daemon=True)
+        again.start()
+        again.join(10)
+        assert not again.is_alive()
+    finally:
+        child.kill()
+        child.join()
 
 
 @pytest.mark.parametrize("fault", [500, 429, "cut", "cut unsaid", "altered", "stall"])
@@ -403,11 +424,16 @@ def test_memory_urls_are_what_they_were_at_the_fork(origin: Origin, cache: Cache
     memory.rm("/latents", recursive=True)
 
 
-def test_paths_and_urls_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_and_urls_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all(map(remote.is_url, ("s3://b/x", "file:///x", "hf://datasets/a/b", "memory://x")))
     assert not any(map(remote.is_url, ("x", "/x/y", "./a:b", "~/x")))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert remote.default_cache_folder() == Path("/somewhere/dit_ds")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    store = remote.open_store("s3://bucket/set", None, 1.5)
+    assert isinstance(store, Remote) and store.where("a.tar") == "s3://bucket/set/a.tar"
+    assert (store.cache.folder, store.cache.max_bytes) == (tmp_path / "home/dit_ds", 1.5e9)
+    store = remote.open_store("s3://bucket/set", str(tmp_path / "fast"), 1)
+    assert isinstance(store, Remote) and store.cache.folder == tmp_path / "fast"
+    assert isinstance(remote.open_store("/data/set", None, 1), Folder)
 
 
 def prefetcher(store: Remote, manifest: Manifest, horizon: int) -> Prefetcher:
