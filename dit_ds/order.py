@@ -115,7 +115,8 @@ class _Epoch:
     def __init__(self, order: Order, number: int) -> None:
         self._seed, self._number = order.seed, number
         self._bounds = order.lane_bounds(number)
-        edges = np.unique(np.concatenate([order.starts, self._bounds]))
+        edges = np.sort(np.concatenate([order.starts, self._bounds]), kind="stable")
+        edges = edges[np.append(True, np.diff(edges) > 0)]  # np.unique takes 100 times as long
         lane = np.searchsorted(self._bounds, edges[:-1], side="right") - 1
         # Sorted by lane, and in the lane by a hash of the piece's first sample.
         hashes = draws.bits(order.seed, "order", number, edges[:-1]) >> np.uint64(20)
