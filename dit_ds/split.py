@@ -33,7 +33,8 @@ def split(directory: str | Path, share: float) -> tuple[Manifest, Manifest]:
     """Make `DIR/validation` of round(share * N) samples, at least 1; the training set loses them.
 
     Whole shards are taken in the order of their checksums, which is as good as drawn, and the last
-    one is cut in two by a hash of the keys. So the split depends on the data alone. Both sets keep
+    one is cut in two by a hash of the keys. So the split depends on the data alone, and the same
+    command again changes nothing. Both sets keep
     the statistics of the whole: they are estimates, and the two are to be scaled alike. Of tars
     that others wrote none is removed or rewritten; a cut one gets two links with an index each.
 
@@ -42,7 +43,7 @@ def split(directory: str | Path, share: float) -> tuple[Manifest, Manifest]:
 
     Raises:
         ValueError: a share that leaves one of them empty, a damaged shard, or a data set that is
-            split already.
+            split already by another share.
     """
     if "://" in str(directory):
         raise ValueError(f"{directory} is a URL; split a copy in a local folder, then upload it")
@@ -54,11 +55,12 @@ def split(directory: str | Path, share: float) -> tuple[Manifest, Manifest]:
         place = directory / VALIDATION
         if (place / _TRAINING).exists():  # a split that was killed
             _finish(directory)
+        if (place / MANIFEST_NAME).exists():
             training, validation = Manifest.load(directory), Manifest.load(place)
-            total = training.num_samples + validation.num_samples
-            if validation.num_samples == _num_wanted(share, total):
-                return training, validation
-        _refuse_second(directory)
+            _check_same(share, training, validation, place)
+            return training, validation
+        if place.exists():
+            raise ValueError(f"{place} is in the way and no validation set; move it elsewhere")
         whole = Manifest.load(directory)
         _stage(directory, whole, _num_wanted(share, whole.num_samples))
         os.replace(directory / _STAGE, place)
@@ -76,16 +78,14 @@ def _num_wanted(share: float, total: int) -> int:
     return num
 
 
-def _refuse_second(directory: Path) -> None:
-    place = directory / VALIDATION
-    if (place / MANIFEST_NAME).exists():
-        num = Manifest.load(place).num_samples
+def _check_same(share: float, training: Manifest, validation: Manifest, place: Path) -> None:
+    """Refuse to split again by another share."""
+    num = validation.num_samples
+    if num != _num_wanted(share, training.num_samples + num):
         raise ValueError(
-            f"{directory} is split already: {place} holds {num} samples; use it as it is, or make "
-            "the data set again for another share"
+            f"validation={share}: the data set is split already, {place} holds {num} samples; use "
+            "it as it is, or make the data set again"
         )
-    if place.exists():
-        raise ValueError(f"{place} is in the way and no validation set; move it elsewhere")
 
 
 def _stage(directory: Path, whole: Manifest, num_wanted: int) -> None:
@@ -137,7 +137,7 @@ def _cut(
     part = directory / _STAGE / f"{stem}-validation.tar"
     if (directory / rest.name).exists():
         raise ValueError(
-            f"{directory / rest.name} is in the way of the cut {shard.name}; rename it"
+            f"{directory / rest.name} is in the way of a part of {shard.name}; move it away"
         )
     reader = open_reader(Folder(directory), shard, whole)
     rows = range(shard.num_samples)
