@@ -191,11 +191,12 @@ def _check_cache(
     mean, window = total / len(manifest.shards), order.window
     need = min(total, 2 * len(lanes) * window * mean)
     if max_bytes < need:
-        smaller = max(1, int(max_bytes / (2 * len(lanes) * mean)))
+        smaller = int(max_bytes / (2 * len(lanes) * mean))
         raise ValueError(
             f"data.cache_gb={max_bytes / 1e9:g} does not hold two windows of this machine's "
             f"{len(lanes)} lanes, {need / 1e9:.3g} GB, and would fetch shards again and again; set "
-            f"data.cache_gb={math.ceil(need / 1e8) / 10:g}, or for a new run data.window={smaller}"
+            f"data.cache_gb={math.ceil(need / 1e8) / 10:g}"
+            + (f", or for a new run data.window={smaller}" if smaller else "")
         )
 
 

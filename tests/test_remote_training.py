@@ -60,8 +60,8 @@ def test_a_cache_too_small_for_the_windows_is_refused_before_the_first_step(
     ds = write_json(tmp_path / "ds.json", FP32)
     more = overrides(origin, tmp_path, "data.cache_gb=0.00015")
     outputs = run_ranks(2, train, *arguments(tiny, ds, *more), expect=2)
-    assert "data.cache_gb=0.00015 does not hold two windows of this machine's 12 lanes" in outputs[0]
-    assert "set data.cache_gb=" in outputs[0]
+    assert "data.cache_gb=0.00015 does not hold two windows of this machine's 4 lanes" in outputs[0]
+    assert "set data.cache_gb=0.1\n" in outputs[0]
     assert "Traceback" not in outputs[0]
 
 
