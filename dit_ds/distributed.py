@@ -231,6 +231,24 @@ class agreed:  # noqa: N801 - read as a statement: `with agreed():`
             agree(error)
 
 
+def shared_store() -> dist.Store:
+    """A new table of counters and words that all ranks see at once; a collective, its use is none.
+
+    `add(name, amount)` gives a counter's new value, `check([name])` tells whether a word is set.
+    Rank 0 holds it: when it is gone, the others' calls raise `dist.DistError`.
+    """
+    if world_size() == 1:
+        return dist.HashStore()
+    host, store = os.environ["MASTER_ADDR"], None
+    with agreed():
+        if is_main():
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    port = broadcast_json(store.port if store else None)
+    with agreed():
+        store = store or dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return store
+
+
 def exit_with(error: ValueError) -> NoReturn:
     """Print a user's error once, from rank 0, without a traceback, and exit with 2."""
     if is_main() or not isinstance(error, RankError):

@@ -1,127 +1,75 @@
-"""Class folders of images to a dataset of latents: crop, encode, write shards, then the manifest.
+"""Images to a dataset of latents: crop, encode, write shards, then the manifest.
 
-Runs alone or over ranks (`tools/precompute_latents.py`). What a shard holds follows from the
-listing alone; encode batches never cross a shard and are filled up to full size; ranks take shards
-in turn. So the bytes do not depend on the number of ranks, as long as the ranks have the same kind
-of device and, on CPUs, the same number of threads (OMP_NUM_THREADS): a VAE's last bits change with
-them.
+Runs alone or over ranks (`tools/precompute_latents.py`). What is made, and with what, is fixed in a
+`plan.json` at the first start; a killed extraction goes on where it was. Ranks take units of work
+as they get done with the last one. Encode batches never cross a shard and are filled up to full
+size, so the bytes depend on the plan alone.
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
-import re
-import sys
+import socket
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
+import pydantic
 import torch
-from tqdm import tqdm
 
 import dit_ds
-from dit_ds import distributed, latents
-from dit_ds.manifest import MANIFEST_NAME, Manifest, ShardInfo, VaeInfo, check_files
-from dit_ds.shards import ShardWriter
+from dit_ds import distributed, latents, records, sources
+from dit_ds import plan as plans
+from dit_ds.files import atomic_path, lock
+from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
+from dit_ds.pipeline import Batch, Batches, Writer, crop, tasks
+from dit_ds.plan import Asked, Plan
+from dit_ds.progress import Progress
+from dit_ds.records import Record
+from dit_ds.units import ItemReader, Rejection, TarSource, Unit, Units, units
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-IMAGE_SUFFIXES = frozenset(
-    ".bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # compared in lower case
-)
-_OUR_SHARD = re.compile(r"latents-\d{6,}\.tar(\.tmp)?")
-_SECONDS_BETWEEN_LINES = 10
+PREVIEW_NAME = "preview.png"
+_NUM_PREVIEWS = 8
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SILENT_SECONDS = 1800  # without an image from any rank, one of them is gone
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Labelled image files. `labels[i]` is the place of `paths[i]`'s class in `class_names`."""
-
-    class_names: tuple[str, ...]
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
-    num_skipped: int
-    """Files that are not images by their suffix."""
-
-
-@dataclass
-class Extraction:
+class Extraction(pydantic.BaseModel):
     """A finished dataset, and what happened to the images on the way, over all ranks."""
 
     manifest: Manifest
     seconds: float
+    """Of this start, preview and manifest included."""
+    encoding_seconds: float
+    """From the first batch that rank 0 encoded to the last that any rank wrote."""
+    num_encoded: int
+    """Images that this start encoded or rejected; the others were there."""
     num_skipped: int
+    """Files that are not images by their suffix, or that belong to no sample of a tar."""
     num_enlarged: int
     """Images smaller than the crop."""
+    num_animated: int
+    """Images with more frames than the first, which was taken."""
     num_converted: dict[str, int]
     """Images stored in another colour mode than RGB, by Pillow's name for the mode."""
+    num_rejected: int
+    """Images that could not be used; `rejected.jsonl` has them with the reasons."""
+    rejected: str
+    """The reasons with their counts, a line each."""
 
-
-@dataclass
-class _Counts:
-    enlarged: int = 0
-    converted: Counter[str] = field(default_factory=Counter)
-
-
-def list_class_folders(root: str | Path) -> Listing:
-    """The images below `root`, where each folder in `root` is a class.
-
-    Classes are numbered in the order of their names. Images may lie deeper in their class folder.
-    The images are shuffled by a hash of their path below `root`, so that each shard mixes classes
-    and every machine has the same order.
-
-    Raises:
-        ValueError: no such folder, no class folders, images outside of them, an empty class.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"images={root}: no such folder")
-    entries = sorted(e for e in root.iterdir() if not e.name.startswith("."))
-    folders = [e for e in entries if e.is_dir()]
-    stray = [e for e in entries if not e.is_dir()]
-    stray_images = [e for e in stray if e.suffix.lower() in IMAGE_SUFFIXES]
-    if stray_images:
-        raise ValueError(
-            f"images={root}: {len(stray_images)} images (first: {stray_images[0].name}) lie "
-            "outside of class folders; give a folder with one folder for each class (for images "
-            "without classes, move them all into one)"
-        )
-    if not folders:
-        raise ValueError(f"images={root}: holds no class folders; put the images of each in one")
-    found: list[tuple[str, int]] = []
-    num_skipped, empty = len(stray), []
-    for label, folder in enumerate(folders):
-        files = list(_files_below(folder))
-        images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-        num_skipped += len(files) - len(images)
-        found += [(image, label) for image in images]
-        if not images:
-            empty.append(folder.name)
-    if empty:
-        raise ValueError(
-            f"images={root}: {len(empty)} of {len(folders)} class folders hold no images (first: "
-            f"{empty[0]}); fill or remove them (known are {' '.join(sorted(IMAGE_SUFFIXES))})"
-        )
-    found.sort(key=lambda item: hashlib.sha256(_name(root, item[0])).digest())
-    paths, labels = zip(*found, strict=True)
-    return Listing(tuple(f.name for f in folders), paths, labels, num_skipped)
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    for where, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (os.path.join(where, f) for f in files if not f.startswith("."))
-
-
-def _name(root: Path, path: str) -> bytes:
-    return os.fsencode(Path(os.path.relpath(path, root)).as_posix())
+    @property
+    def scaled_std(self) -> float:
+        """Standard deviation of all latents as a model sees them; about 1 for a good scale."""
+        statistics = self.manifest.statistics
+        assert statistics is not None
+        mean, std = np.array(statistics.mean), np.array(statistics.std)
+        var = (std**2 + mean**2).mean() - mean.mean() ** 2
+        return float(np.sqrt(var)) * abs(self.manifest.scaling_factor)
 
 
 def extract(
@@ -130,234 +78,316 @@ def extract(
     image_size: int,
     out: str | Path,
     *,
-    batch_size: int = 16,
-    samples_per_shard: int = 1024,
+    classes: str | Path | None = None,
+    batch_size: int | None = None,
+    precision: plans.Precision | None = None,
+    threads: int | None = None,
+    samples_per_shard: int | None = None,
+    workers: int | None = None,
+    max_rejected: float = 0.01,
 ) -> Extraction:
-    """Make the dataset `out` of the class folders in `images`; a collective over all ranks.
+    """Make the dataset `out` of `images`, or go on with it; a collective over all ranks.
 
     Args:
-        images: folder of class folders, see `list_class_folders`.
+        images: folder of class folders, text file, or tars; see `sources.open_source`.
         vae: folder or hub id of a diffusers `AutoencoderKL`.
         image_size: side of the centre crop in pixels, a multiple of the VAE's factor.
         out: folder for shards and manifest; made if need be, shared by all ranks' hosts.
-        batch_size: images that a rank encodes at once; part of what decides the last bits.
-        samples_per_shard: all shards but the last hold so many.
+        classes: text file of class names, one on each line, for labels in tars.
+        batch_size: images that a rank encodes at once. None for the plan's, or the one that
+            `plan.find_batch_size` finds.
+        precision: of the VAE. None for the plan's, or fp32.
+        threads: of each rank, for what a CPU computes. None for the plan's, or an even share.
+        samples_per_shard: all shards but the last, or the last of each tar, hold so many, less what
+            was rejected. None for the plan's, or 1024.
+        workers: processes of each rank that read and crop; 0 does it in the rank itself.
+        max_rejected: share of bad images from which on it stops.
 
     Raises:
-        ValueError: a mistake in any of these, or a broken image, told on every rank. No manifest is
-            written then.
+        ValueError: a mistake in any of these, too many bad images, or a VAE that gives no finite
+            values, told on every rank. No manifest is written then; finished units are kept.
     """
-    began = time.monotonic()
     out = Path(out)
-    with distributed.agreed():
-        for name, value in {
-            "batch_size": batch_size,
-            "samples_per_shard": samples_per_shard,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} is not positive; choose 1 or more")
-        if (out / MANIFEST_NAME).exists():
-            raise ValueError(f"out={out}: already holds a dataset; remove it or choose another")
-        listing = list_class_folders(images)
-        model = latents.load_vae(vae, device=distributed.device())
-        shape = latents.latent_shape(model, image_size)
-        # A folder is named so that it is found from anywhere.
-        name = str(Path(vae).resolve()) if Path(vae).is_dir() else str(vae)
-        vae_info = VaeInfo(name=name, sha256=latents.vae_hash(model))
-        _make_folder(out)
-    _agree_on_inputs(Path(images), listing, vae_info)
-
-    shards, counts = _encode_all(listing, model, image_size, out, batch_size, samples_per_shard)
-    space = latents.LatentSpace.from_vae(model)
-    manifest = Manifest(
-        created_by=f"dit_ds {dit_ds.__version__}",
-        class_names=listing.class_names,
-        image_size=image_size,
-        latent_shape=shape,
-        scaling_factor=space.scaling_factor,
-        shift_factor=space.shift_factor,
-        vae=vae_info,
-        shards=shards,
-    )
-    with distributed.agreed():
-        if distributed.is_main():
-            check_files(out, manifest)  # fails where the ranks' hosts do not share `out`
-            for path in out.iterdir():  # what a killed run with other settings left
-                if _OUR_SHARD.fullmatch(path.name) and path.name not in {s.name for s in shards}:
-                    path.unlink()
-            manifest.save(out)
-    return Extraction(
-        manifest=manifest,
-        seconds=time.monotonic() - began,
-        num_skipped=listing.num_skipped,
-        num_enlarged=counts.enlarged,
-        num_converted=dict(sorted(counts.converted.items())),
-    )
-
-
-def _make_folder(out: Path) -> None:
+    hosts = distributed.gather_json(socket.gethostname())
+    ranks_here = hosts.count(socket.gethostname())
+    held, threads_before = None, torch.get_num_threads()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        with distributed.agreed():
+            least = {"batch_size": 1, "threads": 1, "samples_per_shard": 1, "workers": 0}
+            for name, value in zip(
+                least, (batch_size, threads, samples_per_shard, workers), strict=True
+            ):
+                if value is not None and value < least[name]:
+                    raise ValueError(f"{name}={value} is too small; choose {least[name]} or more")
+            if not 0 <= max_rejected <= 1:
+                raise ValueError(f"max_rejected={max_rejected} is no share; choose from 0 to 1")
+            _refuse_finished(out)
+            model = latents.load_vae(vae)
+            latents.latent_shape(model, image_size)  # fails if they do not fit
+            asked = Asked(
+                images=plans.absolute(str(images)),
+                vae=_vae_info(vae, model),
+                image_size=image_size,
+                classes=None if classes is None else sources.read_class_names(classes),
+                batch_size=batch_size,
+                precision=precision,
+                threads=threads,
+                samples_per_shard=samples_per_shard,
+            )
+            planned = None
+            if distributed.is_main():
+                begun = Plan.load(out) is not None
+                found = None if begun else sources.open_source(asked.images)
+                held = _hold(out)
+                if found is not None:
+                    records.tidy(out / "work", keep=False)
+                    plans.make(asked, found, model, out, ranks_here)
+                plan = Plan.load(out)
+                assert plan is not None
+                planned = plan.model_dump(mode="json")
+        planned = distributed.broadcast_json(planned)
+        with distributed.agreed():
+            plan = Plan.model_validate(planned)
+            plan.refuse_others(asked, out)
+            plan.refuse_another_machine(out)
+            torch.set_num_threads(plan.threads)
+            torch.backends.cudnn.deterministic = True
+            latents.move_vae(model, distributed.device(), plans.DTYPES[plan.precision])
+            work = units(plan.source, out, plan.samples_per_shard)
+            work.check_seen()
+        num_workers = _num_workers(workers, ranks_here)
+        return _Job(plan, work, model, out, num_workers, max_rejected).run()
+    finally:
+        torch.set_num_threads(threads_before)
+        if held is not None:
+            held.close()
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / MANIFEST_NAME).exists():
+        raise ValueError(f"out={out}: already holds a dataset; remove it or choose another")
+
+
+def _vae_info(vae: str | Path, model: AutoencoderKL) -> VaeInfo:
+    # A folder is named so that it is found from anywhere.
+    name = str(Path(vae).resolve()) if Path(vae).is_dir() else str(vae)
+    return VaeInfo(name=name, sha256=latents.vae_hash(model))
+
+
+def _num_workers(workers: int | None, ranks_here: int) -> int:
+    if workers is not None:
+        return workers
+    if distributed.device().type == "cpu":
+        return 1  # enough for what a CPU encodes, and it needs the others for that
+    return min(16, max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def _hold(out: Path) -> IO[bytes]:
+    """The folder, made if need be, for this process alone."""
+    try:
+        (out / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"out={out}: the folder cannot be made ({error.strerror}); choose another"
         ) from error
-
-
-def _agree_on_inputs(root: Path, listing: Listing, vae: VaeInfo) -> None:
-    """Refuse ranks that see other images, weights or threads: their shards would not fit."""
-    names = hashlib.sha256(b"\0".join(_name(root, path) for path in listing.paths)).hexdigest()
-    mine = {
-        "images": f"{len(listing.paths)} in {len(listing.class_names)} classes, names {names[:12]}",
-        "VAE weights": vae.sha256[:12],
-        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
-        "device": distributed.device().type,
-    }
-    everyone = distributed.gather_json(mine)
-    for what in mine:
-        seen = {str(theirs[what]): rank for rank, theirs in enumerate(everyone)}
-        if len(seen) > 1:
-            told = "; ".join(f"{value} (rank {rank})" for value, rank in seen.items())
-            raise distributed.RankError(f"the ranks differ in {what}: {told}; make them equal")
-
-
-def _encode_all(
-    listing: Listing,
-    vae: AutoencoderKL,
-    image_size: int,
-    out: Path,
-    batch_size: int,
-    samples_per_shard: int,
-) -> tuple[tuple[ShardInfo, ...], _Counts]:
-    """Write all shards, a round of one shard on each rank after the other.
-
-    The ranks meet after each round, so that a rank's error stops all of them soon.
-    """
-    total, world = len(listing.paths), distributed.world_size()
-    starts = range(0, total, samples_per_shard)
-    counts = _Counts()
-    mine: dict[int, ShardInfo] = {}
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool, _Progress(total) as progress:
-        for first in range(0, len(starts), world):
-            number = first + distributed.rank()
-            with distributed.agreed():
-                if number < len(starts):
-                    ids = range(starts[number], min(starts[number] + samples_per_shard, total))
-                    path = out / f"latents-{number:06d}.tar"
-                    encoded = _encoded(listing, ids, vae, image_size, batch_size, pool, counts)
-                    with ShardWriter(path) as shard:
-                        for i, moments in encoded:
-                            shard.add(f"{i:09d}", moments, listing.labels[i])
-                            progress.advance(min(world, len(starts) - first))
-                    mine[number] = shard.info
-            progress.reach(min((first + world) * samples_per_shard, total))
-    infos: dict[int, ShardInfo] = {}
-    gathered = distributed.gather_json(
-        {
-            "shards": {number: info.model_dump() for number, info in mine.items()},
-            "enlarged": counts.enlarged,
-            "converted": counts.converted,
-        }
-    )
-    for theirs in gathered:
-        infos |= {int(n): ShardInfo.model_validate(s) for n, s in theirs["shards"].items()}
-    return tuple(infos[n] for n in range(len(starts))), _Counts(
-        sum(theirs["enlarged"] for theirs in gathered),
-        sum((Counter(theirs["converted"]) for theirs in gathered), Counter()),
-    )
-
-
-def _encoded(
-    listing: Listing,
-    ids: range,
-    vae: AutoencoderKL,
-    image_size: int,
-    batch_size: int,
-    pool: ThreadPoolExecutor,
-    counts: _Counts,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(id, moments (2, 2C, h, w)) of a shard's samples, in order.
-
-    After a broken image nothing is encoded any more, but the shard is read to its end, so that the
-    ValueError names all broken images in it.
-    """
-    batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
-    broken: list[str] = []
-    reads = _read_ahead(pool, image_size, [[listing.paths[i] for i in b] for b in batches])
-    for batch, futures in zip(batches, reads, strict=True):
-        crops = []
-        for future in futures:
-            try:
-                crop, mode, short_side = future.result()
-            except ValueError as error:
-                broken.append(str(error))
-                continue
-            crops.append(crop)
-            counts.enlarged += short_side < image_size
-            if mode != "RGB":
-                counts.converted[mode] += 1
-        if not broken:
-            filled = np.stack(crops + crops[-1:] * (batch_size - len(crops)))
-            moments = latents.encode(vae, filled, names=[listing.paths[i] for i in batch])
-            yield from zip(batch, moments, strict=False)  # without what fills up
-    if broken:
-        more = f"\n... and {len(broken) - 10} more" if len(broken) > 10 else ""
+    try:
+        held = lock(out / "work" / records.LOCK_NAME)
+    except ValueError as error:
         raise ValueError(
-            "\n".join(broken[:10]) + more + "\nrepair or remove what is broken, and start again"
+            f"out={out}: another extraction is at work there; wait for it or choose another folder"
+        ) from error
+    _refuse_finished(out)  # between the first look and the lock, it may have been
+    return held
+
+
+class _Stopped(Exception):
+    """A rank has said that all must stop."""
+
+
+@dataclasses.dataclass
+class _Job:
+    """What is left to do of a plan."""
+
+    plan: Plan
+    units: Units
+    model: AutoencoderKL
+    out: Path
+    num_workers: int
+    max_rejected: float
+
+    def run(self) -> Extraction:
+        """Do it, and put the manifest over it."""
+        began = time.monotonic()
+        self.reader, self.store = ItemReader(self.plan.source), distributed.shared_store()
+        left: list[int] = []
+        with distributed.agreed():
+            if distributed.is_main():
+                left = self._take_stock()
+        left = distributed.broadcast_json(left)
+        images_before, encoding_began = self.store.add("images", 0), time.monotonic()
+        rejected: list[tuple[str, str]] = []  # of this rank's unfinished unit
+        with distributed.agreed():
+            try:
+                self._encode(left, rejected)
+            except _Stopped:
+                pass
+            except Exception:
+                self.store.set("stop", "")
+                raise
+        encoding_seconds = time.monotonic() - encoding_began
+        in_flight = distributed.gather_json(rejected)
+        done = None
+        with distributed.agreed():
+            if distributed.is_main():
+                total = Record.total(records.finished(self.out).values())
+                total.rejected += [(name, why) for theirs in in_flight for name, why in theirs]
+                extraction = Extraction(
+                    manifest=self._finish(total),
+                    seconds=time.monotonic() - began,
+                    encoding_seconds=encoding_seconds,
+                    num_encoded=self.store.add("images", 0) - images_before,
+                    num_skipped=total.num_skipped + self.plan.source.num_skipped,
+                    num_enlarged=total.num_enlarged,
+                    num_animated=total.num_animated,
+                    num_converted=dict(sorted(total.num_converted.items())),
+                    num_rejected=len(total.rejected),
+                    rejected=records.summary(total.rejected),
+                )
+                done = extraction.model_dump(mode="json")
+        return Extraction.model_validate(distributed.broadcast_json(done))
+
+    def _take_stock(self) -> list[int]:
+        """Count what is done, and list the units that are left; on rank 0."""
+        work = self.out / "work"
+        records.tidy(work, keep=True)
+        if not (self.out / PREVIEW_NAME).exists():
+            self._preview(self.units.unit(0))
+        done = records.finished(self.out)
+        for number in done:
+            (work / f"tar-{number:06d}.tar").unlink(missing_ok=True)
+        self.store.add("images", sum(record.num_images for record in done.values()))
+        self.store.add("rejected", sum(len(record.rejected) for record in done.values()))
+        self.store.add("work", sum(self.units.work(number) for number in done))
+        return [number for number in range(self.units.num_units) if number not in done]
+
+    def _preview(self, unit: Unit) -> None:
+        """A sheet of the first images, so that a wrong VAE, scale or crop is seen at once."""
+        images: list[np.ndarray] = []
+        names: list[str] = []
+        for item in unit.items:
+            try:
+                images.append(crop(self.reader, item, self.plan.image_size).pixels)
+                names.append(item.name)
+            except Rejection:
+                continue  # it is counted when its turn comes
+            if len(images) == _NUM_PREVIEWS:
+                break
+        if images:
+            with atomic_path(self.out / PREVIEW_NAME) as path:
+                latents.preview_sheet(self.model, images, names).save(path, "PNG")
+
+    def _encode(self, left: list[int], rejected: list[tuple[str, str]]) -> None:
+        """Take units and encode them until there are none, and all ranks are done.
+
+        `rejected` holds, at the end, the bad images of the unit that this rank has not finished.
+        """
+        plan, store = self.plan, self.store
+
+        def next_unit() -> Unit | None:
+            place = store.add("taken", 1) - 1
+            return self.units.unit(left[place]) if place < len(left) else None
+
+        work = tasks(
+            next_unit,
+            self._stopped,
+            samples_per_shard=plan.samples_per_shard,
+            batch_size=plan.batch_size,
         )
+        progress = Progress(store, self.units.total_work)
+        batches = Batches(work, self.reader, plan, self.num_workers, self.model.device.type)
+        with progress, Writer(plan, self.out) as writer, batches:
+            for batch in batches:
+                if self._stopped():
+                    raise _Stopped
+                moments = None
+                if batch.crops:
+                    moments = latents.encode_on_device(self.model, batch.pixels)
+                writer.put(batch, moments)
+                rejected += batch.rejected
+                if batch.task.last:
+                    rejected.clear()
+                    if batch.task.fetched:
+                        batch.task.fetched.unlink()
+                self._count(batch)
+                progress.show()
+            if self._stopped():
+                raise _Stopped
+        with progress:
+            self._meet(progress)
 
+    def _stopped(self) -> bool:
+        return self.store.check(["stop"])
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, image_size: int, batches: Iterable[Sequence[str]]
-) -> Iterator[list[Future[tuple[np.ndarray, str, int]]]]:
-    """The crops of each batch; the next batch is read while the caller works on this one."""
-    waiting: deque[list[Future[tuple[np.ndarray, str, int]]]] = deque()
-    for paths in batches:
-        waiting.append([pool.submit(_read_crop, path, image_size) for path in paths])
-        if len(waiting) > 1:
-            yield waiting.popleft()
-    yield from waiting
+    def _count(self, batch: Batch) -> None:
+        """Tell all ranks what was done; stop them when too many images are bad."""
+        images = self.store.add("images", batch.num_images)
+        self.store.add("work", batch.task.work)
+        rejected = self.store.add("rejected", len(batch.rejected))
+        source = self.plan.source
+        if isinstance(source, TarSource):  # nobody knows how many there are in all
+            enough = batch.task.last and rejected > self.max_rejected * images
+        else:
+            enough = rejected > self.max_rejected * source.num_images
+        if enough:
+            self.store.set("stop", "")
+            raise _Stopped
 
+    def _meet(self, progress: Progress) -> None:
+        """Wait for the other ranks, however long their last units take."""
+        self.store.add("finished", 1)
+        seen, since = -1, time.monotonic()
+        while self.store.add("finished", 0) < distributed.world_size():
+            if self._stopped():
+                raise _Stopped
+            progress.show()
+            images, now = self.store.add("images", 0), time.monotonic()
+            if images != seen:
+                seen, since = images, now
+            elif now - since > _SILENT_SECONDS:
+                raise ValueError(
+                    f"no image came from the other ranks in {_SILENT_SECONDS} seconds; one of them "
+                    "is gone. Start again: what is finished is kept"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
-def _read_crop(path: str, image_size: int) -> tuple[np.ndarray, str, int]:
-    """The crop, the colour mode it was stored in, and its short side in pixels."""
-    image, mode = latents.read_image(path)
-    return latents.center_crop(image, image_size), mode, min(image.size)
-
-
-class _Progress:
-    """Rank 0's bar over all images; a line now and then where there is no terminal.
-
-    Between the meetings of the ranks it takes the others to be as fast as rank 0.
-    """
-
-    def __init__(self, total: int) -> None:
-        hidden = not (distributed.is_main() and sys.stderr.isatty())
-        self._bar = tqdm(total=total, unit="img", disable=hidden)
-        self._lines = hidden and distributed.is_main()
-        self._total, self._done = total, 0
-        self._began = self._told = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, num: int) -> None:
-        """So many more are encoded, estimated."""
-        self.reach(min(self._done + num, self._total))
-
-    def reach(self, done: int) -> None:
-        """So many are encoded in all."""
-        self._bar.update(done - self._done)
-        self._done = done
-        now = time.monotonic()
-        if self._lines and now - self._told > _SECONDS_BETWEEN_LINES:
-            rate = done / (now - self._began)
-            left = (self._total - done) / rate
-            print(
-                f"{done}/{self._total} images, {rate:.1f} images/s, {left:.0f} s left", flush=True
+    def _finish(self, total: Record) -> Manifest:
+        """Make the dataset of what the ranks wrote; a ValueError if too much was rejected."""
+        records.write_rejected(self.out, total.rejected)
+        num_rejected, seen = len(total.rejected), self.store.add("images", 0)
+        if self._stopped() or num_rejected > self.max_rejected * seen or not total.shards:
+            raise ValueError(
+                f"{num_rejected} of the {seen} images so far cannot be used, and "
+                f"max_rejected={self.max_rejected:g} is the share that may be so; "
+                f"{self.out / records.REJECTED_NAME} names all:\n"
+                f"{records.summary(total.rejected)}\n"
+                "To do without them, start again with a higher max_rejected: what is finished is "
+                "kept. To repair them, do, remove the folder and begin anew."
             )
-            self._told = now
+        plan = self.plan
+        names = plan.source.class_names or [str(i) for i in range(total.largest_label + 1)]
+        space = latents.LatentSpace.from_vae(self.model)
+        manifest = Manifest(
+            created_by=f"dit_ds {dit_ds.__version__}",
+            class_names=tuple(names),
+            image_size=plan.image_size,
+            latent_shape=latents.latent_shape(self.model, plan.image_size),
+            scaling_factor=space.scaling_factor,
+            shift_factor=space.shift_factor,
+            vae=plan.vae,
+            statistics=total.sums.statistics(),
+            shards=tuple(total.shards),
+        )
+        check_files(self.out, manifest)  # fails where the ranks' hosts do not share `out`
+        manifest.save(self.out)
+        records.close(self.out, total.shards)
+        return manifest

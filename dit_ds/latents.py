@@ -11,40 +11,72 @@ Sources: Dhariwal & Nichol 2021 (ADM), whose centre crop the field compares on; 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:  # importing diffusers takes 4 s; only `load_vae` pays them
     from diffusers import AutoencoderKL
 
 _MAX_16_BIT = 65535
+_MAX_ENLARGED = 1 << 28  # pixels; 800 MB
 
 
-def read_image(path: str | Path) -> tuple[Image.Image, str]:
-    """The image in `path` as RGB, upright, and the colour mode it was stored in.
+class Picture(NamedTuple):
+    """An image as RGB, upright; the colour mode it was stored in; whether it has more frames."""
 
-    Alpha is laid over white, 16-bit grey is scaled to 8 bits, an animation gives its first frame.
-    A file that Pillow cannot read to its end raises a ValueError that names it.
+    image: Image.Image
+    mode: str
+    animated: bool
+
+
+def read_image(source: str | Path | bytes, name: str = "") -> Picture:
+    """The image in a file, or in the bytes of one, as RGB, upright.
+
+    Alpha is laid over white, 16-bit grey is scaled to 8 bits, an animation gives its first frame,
+    an EXIF orientation that cannot be read counts as none. What Pillow cannot read to its end, or
+    finds so large that it must be an attack (`Image.MAX_IMAGE_PIXELS`, twice), raises a ValueError
+    that says `name`, or the path.
     """
     try:
-        with Image.open(path) as stored:
-            mode = stored.mode
-            return _to_rgb(ImageOps.exif_transpose(stored)), mode
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with warnings.catch_warnings():  # of odd metadata, thousands of them
+            warnings.simplefilter("ignore")
+            with Image.open(file) as stored:
+                stored.load()
+                # Phones store stereo pairs and gain maps as MPO: to everybody a photograph.
+                animated = getattr(stored, "is_animated", False) and stored.format != "MPO"
+                return Picture(_to_rgb(_upright(stored)), stored.mode, animated)
     except Exception as error:  # Pillow's decoders raise a dozen kinds on broken data
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from error
+        who = name or ("image" if isinstance(source, bytes) else str(source))
+        raise ValueError(f"{who}: cannot be read as an image: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "of no format that Pillow knows"  # its own words hold an address in memory
+    return str(error) or type(error).__name__
 
 
 def load_image(path: str | Path) -> Image.Image:
     """The image in `path` as RGB, upright. See `read_image`."""
-    return read_image(path)[0]
+    return read_image(path).image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF: every viewer shows it as it is stored
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -67,11 +99,16 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Halved by boxes while the short side stays at least twice `size`, resized so that the short side
     is `size`, cut from the middle. Source: Dhariwal & Nichol 2021, the code beside the paper.
+
+    Raises:
+        ValueError: so narrow that, enlarged, it would fill the memory.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     wide, high = round(image.width * scale), round(image.height * scale)
+    if wide * high > _MAX_ENLARGED:
+        raise ValueError(f"{image.width}x{image.height} pixels are too narrow to crop {size} of")
     image = image.resize((wide, high), Image.Resampling.BICUBIC)
     left, top = (wide - size) // 2, (high - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
@@ -121,6 +158,11 @@ def load_vae(
             f"vae={path_or_id}: takes {vae.config.in_channels} image channels; give one for RGB"
         )
     return vae.to(device).eval().requires_grad_(False)
+
+
+def move_vae(vae: AutoencoderKL, device: torch.device, dtype: torch.dtype) -> None:
+    """Put a VAE on a device and in a precision, without diffusers' warning that names nothing."""
+    torch.nn.Module.to(vae, device, dtype)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:
@@ -175,24 +217,36 @@ class LatentSpace:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray, *, names: Sequence[str] = ()) -> np.ndarray:
+def encode_on_device(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Moments of images and of their mirror images: (N, size, size, 3) uint8 -> (N, 2, 2C, h, w).
 
-    float16. Moments that are not finite in float16 raise a ValueError that names the image, by its
-    place in the batch or by `names`.
+    float16 on the VAE's device, which may still be computing them.
     """
-    pixels = torch.tensor(images, device=vae.device)
-    x = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.dtype)  # (N, 3, size, size)
+    pixels = images.to(vae.device, non_blocking=True).permute(0, 3, 1, 2)
+    x = (pixels.float() / 127.5 - 1.0).to(vae.dtype)  # (N, 3, size, size)
     both = [vae.encode(side).latent_dist.parameters for side in (x, x.flip(3))]
-    moments = torch.stack(both, dim=1).to(torch.float16)
-    bad = (~torch.isfinite(moments).flatten(1).all(1)).nonzero().flatten().tolist()
+    return torch.stack(both, dim=1).to(torch.float16)
+
+
+def check_finite(moments: np.ndarray, names: Sequence[str] = ()) -> None:
+    """Raise a ValueError for (N, ...) moments that are not finite.
+
+    It names the image, by its place in the batch or by `names`.
+    """
+    bad = (~np.isfinite(moments).reshape(len(moments), -1).all(1)).nonzero()[0].tolist()
     if bad:
         who = names[bad[0]] if names else f"image {bad[0]} of the batch"
         raise ValueError(
             f"{who}: the VAE's moments are not finite in float16 (or overflow it); check the VAE's "
             "weights, and run it in float32"
         )
-    return moments.cpu().numpy()
+
+
+def encode(vae: AutoencoderKL, images: np.ndarray, *, names: Sequence[str] = ()) -> np.ndarray:
+    """`encode_on_device` and `check_finite`, as numpy: (N, size, size, 3) -> (N, 2, 2C, h, w)."""
+    moments = encode_on_device(vae, torch.tensor(images)).cpu().numpy()
+    check_finite(moments, names)
+    return moments
 
 
 @torch.no_grad()
@@ -201,6 +255,25 @@ def decode(vae: AutoencoderKL, z: torch.Tensor, space: LatentSpace) -> np.ndarra
     x = vae.decode(space.to_vae(z).to(vae.device, vae.dtype)).sample.float()  # (N, 3, H, W)
     pixels = ((x + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def preview_sheet(
+    vae: AutoencoderKL, images: Sequence[np.ndarray], names: Sequence[str]
+) -> Image.Image:
+    """What becomes of (H, W, 3) images: above, the images; below, decoded latents; then mirrored.
+
+    The latents take the whole way: moments in float16, the mean, scaled as a model sees them, back.
+    Raises as `encode` does.
+    """
+    space = LatentSpace.from_vae(vae)
+    rows: list[list[np.ndarray]] = [list(images), [], []]
+    # One by one, as decoding takes more memory than encoding.
+    for image, name in zip(images, names, strict=True):
+        moments = torch.from_numpy(encode(vae, image[None], names=[name])[0]).float()
+        z = space.sample(moments, torch.zeros_like(moments).chunk(2, dim=1)[0])
+        for row, latent in zip(rows[1:], z, strict=True):
+            row.append(decode(vae, latent[None], space)[0])
+    return image_grid(np.stack([i for row in rows for i in row]), rows=3, columns=len(images))
 
 
 def image_grid(images: np.ndarray, *, rows: int, columns: int) -> Image.Image:

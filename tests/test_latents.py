@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,8 @@ def test_center_crop_has_its_size_for_any_image(wide: int, high: int) -> None:
 def test_colour_modes(tmp_path: Path, mode: str, colour, suffix: str, expected) -> None:
     path = tmp_path / f"image.{suffix}"
     Image.new(mode, (6, 4), colour).save(path, lossless=True)
-    image, stored = latents.read_image(path)
+    image, stored, animated = latents.read_image(path)
+    assert not animated
     assert image.mode == "RGB" and image.size == (6, 4) and stored == mode
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
 
@@ -108,6 +112,60 @@ def test_truncated_images_are_named(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"broken.{suffix}: cannot be read as an image"):
         latents.load_image(path)
+
+
+def png_of_16_bits(colour_type: int, pixel: tuple[int, ...]) -> bytes:
+    """A 4x4 PNG of one colour; Pillow does not write all that it reads."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    row = b"\0" + struct.pack(f">{len(pixel)}H", *pixel) * 4
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, colour_type, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(row * 4)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + body
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "pixel", "expected"),
+    [
+        (0, (25700,), (100, 100, 100)),
+        (2, (51400, 25700, 12850), (200, 100, 50)),
+        (4, (0, 32896), (127, 127, 127)),  # half transparent black, over white
+        (6, (65535, 0, 0, 32896), (255, 127, 127)),
+    ],
+)
+def test_16_bits(colour_type: int, pixel: tuple, expected: tuple) -> None:
+    found = latents.read_image(png_of_16_bits(colour_type, pixel)).image
+    assert np.abs(np.asarray(found).astype(int) - expected).max() <= 1
+
+
+def stored(suffix: str, image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def test_several_frames_are_told_but_not_a_photograph_s_second_view() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    for suffix, animated in {"GIF": True, "PNG": True, "WEBP": True, "MPO": False}.items():
+        content = stored(suffix, frames[0], save_all=True, append_images=frames[1:])
+        assert latents.read_image(content).animated == animated, suffix
+    assert not latents.read_image(stored("GIF", frames[0])).animated
+
+
+def test_exif_that_cannot_be_read_is_none() -> None:
+    content = stored("JPEG", Image.new("RGB", (20, 10)), exif=b"Exif\0\0garbage")
+    assert latents.read_image(content).image.size == (20, 10)
+
+
+def test_images_that_would_fill_the_memory_are_refused() -> None:
+    bomb = stored("PNG", Image.new("1", (20000, 10000)))
+    with pytest.raises(ValueError, match="a.png: cannot be read .*200000000 pixels.* bomb"):
+        latents.read_image(bomb, "a.png")
+    with pytest.raises(ValueError, match="1x60000 pixels are too narrow to crop 256"):
+        latents.center_crop(Image.new("RGB", (1, 60000)), 256)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all"])
