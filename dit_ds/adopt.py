@@ -91,8 +91,8 @@ def settle(first: Sample, values: Values | None, vae: Vae) -> Values:
         std = float(first.values.astype(np.float64).std())
         could = "" if channels or stored % 2 else f" or moments of {stored // 2} channels"
         raise ValueError(
-            f"values is not told: {found}: latents{could}; give one: moments, latents (as the VAE gives them) "
-            "or scaled_latents (times the scaling factor). The standard deviation here is "
+            f"values is not told: {found}: latents{could}; give one: moments, latents (as the VAE "
+            "gives them) or scaled_latents (times the scaling factor). The standard deviation here is "
             f"{std:.3g}; that of scaled latents is about 1, that of this VAE's own about "
             f"{1 / vae.scaling_factor:.3g}"
         )
