@@ -92,8 +92,8 @@ def settle(first: Sample, values: Values | None, vae: Vae) -> Values:
         could = "" if channels or stored % 2 else f" or moments of {stored // 2} channels"
         raise ValueError(
             f"values is not told: {found}: latents{could}; give one: moments, latents (as the VAE "
-            "gives them) or scaled_latents (times the scaling factor). The standard deviation here is "
-            f"{std:.3g}; that of scaled latents is about 1, that of this VAE's own about "
+            "gives them) or scaled_latents (times the scaling factor). The standard deviation here "
+            f"is {std:.3g}; that of scaled latents is about 1, that of this VAE's own about "
             f"{1 / vae.scaling_factor:.3g}"
         )
     if channels is not None and (stored == 2 * channels) != (values == "moments"):
