@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import resource
 import signal
 import socket
 import time
@@ -201,7 +202,12 @@ def _check_cache(
 
 
 def _start_worker(worker: int) -> None:
-    """A worker leaves signals to its rank, which ends it; it computes on one thread."""
+    """A worker leaves signals to its rank, which ends it; it computes on one thread.
+
+    It may have as many files open as the system allows, for the shards of its windows.
+    """
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

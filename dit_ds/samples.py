@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import resource
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -96,7 +97,7 @@ class Samples:
         reader.label(0)
         self._verified[shard] = True
         self._readers[shard] = reader
-        if len(self._readers) > _MAX_OPEN_SHARDS:
+        if len(self._readers) > min(_MAX_OPEN_SHARDS, _most_files() // 2):
             self._readers.popitem(last=False)
         return reader
 
@@ -154,6 +155,12 @@ class Samples:
             ids=torch.from_numpy(ids),
             epochs=torch.from_numpy(epochs),
         )
+
+
+def _most_files() -> int:
+    """How many files this process may have open; a memory map holds one."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft != resource.RLIM_INFINITY else 4 * _MAX_OPEN_SHARDS
 
 
 def _filled(

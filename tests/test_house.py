@@ -55,7 +55,9 @@ HOUSE: dict[str, set[str]] = {
     "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
     "validation": {"config", "distributed", "manifest", "samples", "zero"},
     "monitor": {"config", "distributed", "files", "latents", "loader", "samples"},
-    "benchmark": {"extract", "latents", "manifest", "order", "samples", "shards"},
+    "benchmark": {
+        *("distributed", "extract", "latents", "manifest", "order", "samples", "shards"),
+    },
     "digits": {"files"},
 }
 HOUSE["train"] = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_ds import distributed, draws
+from dit_ds import adopt, distributed, draws
+from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
 from dit_ds.manifest import Folder, Manifest, ShardInfo
 from dit_ds.order import VERSION, Order
@@ -191,6 +195,42 @@ def test_samples_are_what_the_shards_hold(tmp_path: Path) -> None:
         assert np.array_equal(batch.moments[i].numpy(), expected)
         assert batch.y[i] == sample % 3
     assert batch.weight.tolist() == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("values", ["moments", "latents", "scaled_latents"])
+def test_shards_of_others_are_read_as_latents_of_the_model(
+    tmp_path: Path, values: Literal["moments", "latents", "scaled_latents"]
+) -> None:
+    rng = np.random.default_rng(0)
+    channels = 8 if values == "moments" else 4
+    stored = rng.normal(size=(9, channels, 4, 4)).astype(np.float32)
+    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
+        for i, array in enumerate(stored):
+            for name, content in ((f"s{i}.npy", npy(array)), (f"s{i}.cls", b"%d" % (i % 3))):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    vae = adopt.Vae(scaling_factor=0.3, shift_factor=0.2, channels=4)
+    adopt.index(tmp_path, vae=vae, image_size=32, values=values, workers=1)
+    manifest = Manifest.load(tmp_path)
+    samples = Samples(Folder(tmp_path), manifest, seed=0, flip=0.0)
+    ids = np.array([7, 0, 4])
+    batch = samples.read(np.zeros(3, np.int64), ids, 3)
+    z = LatentSpace(0.3, 0.2).sample(batch.moments, batch.posterior).numpy()
+    mean = stored[ids][:, :4]
+    if values == "moments":
+        std = np.exp(stored[ids][:, 4:] / 2)
+        expected = (mean + std * batch.posterior.numpy() - 0.2) * 0.3
+    else:
+        expected = mean if values == "scaled_latents" else (mean - 0.2) * 0.3
+    np.testing.assert_allclose(z, expected, atol=2e-6)
+    assert batch.y.tolist() == [1, 0, 1]
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def damaged(folder: str, workers: int) -> str:
