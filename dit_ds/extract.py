@@ -12,11 +12,11 @@ import dataclasses
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import pydantic
 import torch
 
 import dit_ds
@@ -27,7 +27,7 @@ from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
 from dit_ds.pipeline import Batch, Batches, Writer, crop, tasks
 from dit_ds.plan import Asked, Plan
 from dit_ds.progress import Progress
-from dit_ds.records import Record
+from dit_ds.records import Extraction, Record
 from dit_ds.units import ItemReader, Rejection, TarSource, Unit, Units, units
 
 if TYPE_CHECKING:
@@ -36,40 +36,8 @@ if TYPE_CHECKING:
 PREVIEW_NAME = "preview.png"
 _NUM_PREVIEWS = 8
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SHARING_SECONDS = 120
 _SILENT_SECONDS = 1800  # without an image from any rank, one of them is gone
-
-
-class Extraction(pydantic.BaseModel):
-    """A finished dataset, and what happened to the images on the way, over all ranks."""
-
-    manifest: Manifest
-    seconds: float
-    """Of this start, preview and manifest included."""
-    encoding_seconds: float
-    """From the first batch that rank 0 encoded to the last that any rank wrote."""
-    num_encoded: int
-    """Images that this start encoded or rejected; the others were there."""
-    num_skipped: int
-    """Files that are not images by their suffix, or that belong to no sample of a tar."""
-    num_enlarged: int
-    """Images smaller than the crop."""
-    num_animated: int
-    """Images with more frames than the first, which was taken."""
-    num_converted: dict[str, int]
-    """Images stored in another colour mode than RGB, by Pillow's name for the mode."""
-    num_rejected: int
-    """Images that could not be used; `rejected.jsonl` has them with the reasons."""
-    rejected: str
-    """The reasons with their counts, a line each."""
-
-    @property
-    def scaled_std(self) -> float:
-        """Standard deviation of all latents as a model sees them; about 1 for a good scale."""
-        statistics = self.manifest.statistics
-        assert statistics is not None
-        mean, std = np.array(statistics.mean), np.array(statistics.std)
-        var = (std**2 + mean**2).mean() - mean.mean() ** 2
-        return float(np.sqrt(var)) * abs(self.manifest.scaling_factor)
 
 
 def extract(
@@ -111,6 +79,7 @@ def extract(
     hosts = distributed.gather_json(socket.gethostname())
     ranks_here = hosts.count(socket.gethostname())
     held, threads_before = None, torch.get_num_threads()
+    torch.backends.cudnn.deterministic = True
     try:
         with distributed.agreed():
             least = {"batch_size": 1, "threads": 1, "samples_per_shard": 1, "workers": 0}
@@ -150,8 +119,8 @@ def extract(
             plan = Plan.model_validate(planned)
             plan.refuse_others(asked, out)
             plan.refuse_another_machine(out)
+            _wait_for(lambda: Plan.load(out) == plan, f"{out / plans.PLAN_NAME} of rank 0")
             torch.set_num_threads(plan.threads)
-            torch.backends.cudnn.deterministic = True
             latents.move_vae(model, distributed.device(), plans.DTYPES[plan.precision])
             work = units(plan.source, out, plan.samples_per_shard)
             work.check_seen()
@@ -166,6 +135,17 @@ def extract(
 def _refuse_finished(out: Path) -> None:
     if (out / MANIFEST_NAME).exists():
         raise ValueError(f"out={out}: already holds a dataset; remove it or choose another")
+
+
+def _wait_for(seen: Callable[[], bool], what: str) -> None:
+    """Until this host sees what another wrote: network file systems take a minute at times."""
+    began = time.monotonic()
+    while not seen():
+        if time.monotonic() - began > _SHARING_SECONDS:
+            raise ValueError(
+                f"this host does not see {what}; give an output folder that all hosts share"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _vae_info(vae: str | Path, model: AutoencoderKL) -> VaeInfo:
@@ -239,7 +219,7 @@ class _Job:
         done = None
         with distributed.agreed():
             if distributed.is_main():
-                total = Record.total(records.finished(self.out).values())
+                total = Record.total(self._finished().values())
                 total.rejected += [(name, why) for theirs in in_flight for name, why in theirs]
                 extraction = Extraction(
                     manifest=self._finish(total),
@@ -269,6 +249,17 @@ class _Job:
         self.store.add("rejected", sum(len(record.rejected) for record in done.values()))
         self.store.add("work", sum(self.units.work(number) for number in done))
         return [number for number in range(self.units.num_units) if number not in done]
+
+    def _finished(self) -> dict[int, Record]:
+        """All records, or, if the ranks have stopped, those that there are."""
+        done: dict[int, Record] = {}
+
+        def all_there() -> bool:
+            done.update(records.finished(self.out))
+            return self._stopped() or len(done) == self.units.num_units
+
+        _wait_for(all_there, f"the records or shards of all units in {self.out}")
+        return dict(sorted(done.items()))
 
     def _preview(self, unit: Unit) -> None:
         """A sheet of the first images, so that a wrong VAE, scale or crop is seen at once."""
@@ -305,24 +296,22 @@ class _Job:
         )
         progress = Progress(store, self.units.total_work)
         batches = Batches(work, self.reader, plan, self.num_workers, self.model.device.type)
-        with progress, Writer(plan, self.out) as writer, batches:
-            for batch in batches:
-                if self._stopped():
-                    raise _Stopped
-                moments = None
-                if batch.crops:
-                    moments = latents.encode_on_device(self.model, batch.pixels)
-                writer.put(batch, moments)
-                rejected += batch.rejected
-                if batch.task.last:
-                    rejected.clear()
-                    if batch.task.fetched:
-                        batch.task.fetched.unlink()
-                self._count(batch)
-                progress.show()
-            if self._stopped():
-                raise _Stopped
         with progress:
+            with Writer(plan, self.out) as writer, batches:
+                for batch in batches:
+                    if self._stopped():
+                        raise _Stopped
+                    moments = None
+                    if batch.crops:
+                        moments = latents.encode_on_device(self.model, batch.pixels)
+                    writer.put(batch, moments)
+                    rejected += batch.rejected
+                    if batch.task.last:
+                        rejected.clear()
+                        if batch.task.fetched:
+                            batch.task.fetched.unlink()
+                    self._count(batch)
+                    progress.show()
             self._meet(progress)
 
     def _stopped(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import pydantic
 
 from dit_ds.files import atomic_file, write_atomically
-from dit_ds.manifest import ShardInfo, Statistics
+from dit_ds.manifest import Manifest, ShardInfo, Statistics
 
 REJECTED_NAME, LOCK_NAME = "rejected.jsonl", "lock"
 _OUR_SHARD = re.compile(r"latents-\d{6,}(-\d{4,})?\.tar(\.tmp)?")
@@ -99,6 +99,39 @@ class Record(pydantic.BaseModel):
             if record.sums.num:
                 total.sums.merge(record.sums)
         return total
+
+
+class Extraction(pydantic.BaseModel):
+    """A finished dataset, and what happened to the images on the way, over all ranks."""
+
+    manifest: Manifest
+    seconds: float
+    """Of this start, preview and manifest included."""
+    encoding_seconds: float
+    """From the first batch that rank 0 encoded to the last that any rank wrote."""
+    num_encoded: int
+    """Images that this start encoded or rejected; the others were there."""
+    num_skipped: int
+    """Files that are not images by their suffix, or that belong to no sample of a tar."""
+    num_enlarged: int
+    """Images smaller than the crop."""
+    num_animated: int
+    """Images with more frames than the first, which was taken."""
+    num_converted: dict[str, int]
+    """Images stored in another colour mode than RGB, by Pillow's name for the mode."""
+    num_rejected: int
+    """Images that could not be used; `rejected.jsonl` has them with the reasons."""
+    rejected: str
+    """The reasons with their counts, a line each."""
+
+    @property
+    def scaled_std(self) -> float:
+        """Standard deviation of all latents as a model sees them; about 1 for a good scale."""
+        statistics = self.manifest.statistics
+        assert statistics is not None
+        mean, std = np.array(statistics.mean), np.array(statistics.std)
+        var = (std**2 + mean**2).mean() - mean.mean() ** 2
+        return float(np.sqrt(var)) * abs(self.manifest.scaling_factor)
 
 
 def finished(out: Path) -> dict[int, Record]:

@@ -59,10 +59,11 @@ def open_source(images: str) -> Listing | Tars:
     Raises:
         ValueError: it names nothing, or what is there cannot be taken as it is.
     """
-    if remote.is_url(images) or images.endswith(".tar"):
-        return find_tars(images)
-    if os.path.isfile(images):
+    if os.path.isfile(images) and not images.endswith(".tar"):
         return read_list(images)
+    pattern = images.endswith(".tar") or "{" in images or glob.has_magic(images)
+    if remote.is_url(images) or (pattern and not os.path.isdir(images)):
+        return find_tars(images)
     return list_class_folders(images)
 
 
@@ -154,6 +155,8 @@ def read_list(file: str | Path) -> Listing:
     labelled = False
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
+            if "\0" in line:
+                raise ValueError(f"images={file}: is no text file of `path<TAB>class`, nor a .tar")
             fields = line.rstrip("\n").split("\t")
             if fields == [""]:
                 continue

@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from dit_ds import distributed, latents
-from dit_ds.extract import Extraction, extract
+from dit_ds.extract import extract
 from dit_ds.manifest import Folder, Manifest
 from dit_ds.plan import Plan, find_batch_size
+from dit_ds.records import Extraction
 from dit_ds.shards import ShardReader
 from dit_ds.sources import list_class_folders
 from tests.conftest import REPO, _forkserver, run_ranks

@@ -87,6 +87,7 @@ def test_a_text_file_s_order_is_a_shuffle_of_its_own(tmp_path: Path) -> None:
         ("a.png\t \n", "line 1 is not `path<TAB>class`"),
         ("a.png\t1000000\n", "1000000 is no class number"),
         ("\n", "names no images"),
+        ("\x1f\x8b\0\0", "is no text file"),
     ],
 )
 def test_lines_of_another_form_are_told_by_number(tmp_path: Path, text: str, fault: str) -> None:
@@ -103,6 +104,7 @@ def test_tars_by_path_glob_braces_and_url(tmp_path: Path) -> None:
         f"{tmp_path}/x-02.tar": all_four[2:3],
         f"{tmp_path}/x-*.tar": all_four,
         f"{tmp_path}/x-{{00..03}}.tar": all_four,
+        f"{tmp_path}/{{x-01.tar,x-00.tar}}": all_four[1::-1],
         f"file://{tmp_path}/x-{{02,00}}.tar": tuple(f"file://{all_four[i]}" for i in (2, 0)),
     }.items():
         tars = open_source(pattern)

@@ -17,7 +17,8 @@ import os
 import sys
 
 from dit_ds import distributed
-from dit_ds.extract import Extraction, extract
+from dit_ds.extract import extract
+from dit_ds.records import Extraction
 
 
 def main(arguments: list[str] | None = None) -> None:
