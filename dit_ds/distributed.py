@@ -8,6 +8,7 @@ GPU with NCCL) end here.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import socket
@@ -212,6 +213,18 @@ def agree(error: BaseException | None) -> None:
             for message, who in told.items()
         ]
         raise RankError("\n".join(lines)) from error
+
+
+def agree_on(what: str, value: Any) -> None:
+    """Raise a `RankError` unless `value`, JSON, is the same on every rank; a collective."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    seen: dict[str, str] = {}
+    for r, (theirs, host) in enumerate(gather_json([digest, socket.gethostname()])):
+        seen.setdefault(theirs, f"{theirs} (rank {r} on {host})")
+    if len(seen) > 1:
+        raise RankError(
+            f"the ranks differ in {what}: {', '.join(seen.values())}; give the same on all hosts"
+        )
 
 
 class agreed:  # noqa: N801 - read as a statement: `with agreed():`

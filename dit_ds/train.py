@@ -76,6 +76,8 @@ def train(
         store = remote.open_store(cfg.data.path, cfg.data.cache, cfg.data.cache_gb)
         manifest = store.manifest()
         store.check(manifest)
+    distributed.agree_on("the settings", [cfg.model_dump(mode="json"), ds_config])
+    distributed.agree_on(f"the data set at data.path={cfg.data.path}", manifest.fingerprint)
     found = checkpoint.newest(root)
     with distributed.agreed():
         about = rundir.describe(cfg, ds_config, manifest)

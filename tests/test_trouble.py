@@ -69,6 +69,36 @@ def test_a_latent_that_is_not_finite_is_named_by_file_and_key(tiny: dict[str, An
     assert "shard-000002.tar" in told[0] and "000000093" in told[0]
 
 
+def train_elsewhere_on_rank_1(*arguments: str) -> None:
+    """Train with what comes after `--` as well, on the second rank."""
+    here, there = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    runs.train(*here, *(there if os.environ["RANK"] == "1" else ()))
+
+
+def test_ranks_that_see_other_settings_or_data_are_refused(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    here = Path(tiny["tree"]["data"]["path"])
+    make_latents(tmp_path / "there", first=500)
+    arguments = runs.arguments(tiny, FP32)
+    told = run_ranks(2, train_elsewhere_on_rank_1, *arguments, "--", "optimizer.lr=1", expect=2)
+    assert "the ranks differ in the settings: " in told[0] and "(rank 1 on " in told[0]
+    # The same path, but another folder on each host.
+    (tmp_path / "1").symlink_to(tmp_path / "there")
+    (tmp_path / "0").symlink_to(here)
+    told = run_ranks(2, train_where_its_rank_says, str(tmp_path), *arguments, expect=2)
+    assert "the ranks differ in the data set at data.path=latents: " in told[0]
+
+
+def train_where_its_rank_says(folder: str, *arguments: str) -> None:
+    """Train on the folder `latents`, which is another one for each rank."""
+    home = Path(folder) / f"home{os.environ['RANK']}"
+    home.mkdir()
+    (home / "latents").symlink_to(Path(folder) / os.environ["RANK"])
+    os.chdir(home)
+    runs.train(*arguments, "data.path=latents")
+
+
 def raise_in_the_loop(*arguments: str) -> None:
     """Train until our own code fails, as a bug would."""
     from dit_ds import monitor
