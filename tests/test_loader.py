@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -106,9 +107,11 @@ def ledger(
     first: int,
     last: int,
     shutdown: bool = True,
+    alone: bool = False,
 ) -> list[list[tuple[int, int, int, str]]]:
     """For each step: (epoch, sample, class, hash of data and draws) of this rank's samples."""
-    distributed.init()
+    if not alone:
+        distributed.init()
     manifest = Manifest.load(folder)
     split = Split.of(global_batch=batch, world_size=distributed.world_size(), micro_batch=micro)
     steps = []
@@ -231,6 +234,39 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: -3 * 512])
+
+
+def swap(path: Path) -> None:
+    other = path.with_name("shard-000000.tar")
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def fill_with_nothing(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, swap, fill_with_nothing, Path.unlink])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_happens_to_a_shard_is_named(
+    tmp_path: Path, damage: Callable[[Path], None], workers: int
+) -> None:
+    make_latents(tmp_path, counts=(10, 10, 10))
+    damage(tmp_path / "shard-000001.tar")
+    with pytest.raises(distributed.RankError, match="shard-00000[01].tar: .*; "):
+        for _ in ledger(str(tmp_path), 8, 4, workers, 0, 4, alone=True):
+            pass
 
 
 def damaged(folder: str, workers: int) -> str:

@@ -1,0 +1,32 @@
+"""The benchmarks run and say what they measure; how fast is in tools/BENCHMARKS.md."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dit_ds import benchmark
+from tests.conftest import REPO
+
+
+def test_loader_compares_all_ways_over_the_same_samples() -> None:
+    found = benchmark.loader(latent_shape=(4, 4, 4), num_samples=1280, repeats=1)
+    ways = ("floor", "read", "read_and_draws", "read_first_epoch", "webdataset", "file_per_sample")
+    assert all(found[way] > 0 for way in ways)
+    assert found["floor_over_read"] == pytest.approx(found["floor"] / found["read"])
+    assert found["read_over_webdataset"] > 1 and found["read_over_file_per_sample"] > 1
+
+
+def test_precompute_compares_with_the_bare_vae() -> None:
+    found = benchmark.precompute(image_size=16, batch_size=4, num_images=10, repeats=1)
+    assert found["ours_over_bare"] == pytest.approx(found["ours"] / found["bare"])
+
+
+def test_the_last_line_is_json() -> None:
+    command = [sys.executable, str(REPO / "tools" / "benchmark.py"), "order", "--repeats", "1"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["num_samples"] == 10**9 and found["open_seconds"] > 0
