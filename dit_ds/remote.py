@@ -68,8 +68,8 @@ class Cache:
         """A file, open for reading; fetched from `url` if it is not here.
 
         Raises:
-            ShardError: it cannot be fetched, or what came has another checksum.
-            ValueError: it is larger than the whole cache.
+            ShardError: it cannot be fetched, what came has another checksum, or it is larger than
+                the whole cache.
         """
         file = self._opened(sha256)
         while file is None:
@@ -97,9 +97,9 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def check(self, url: str, num_bytes: int) -> None:
-        """Raise a ValueError if a file of this size can never be here."""
+        """Raise a ShardError if a file of this size can never be here."""
         if num_bytes > self.max_bytes:
-            raise ValueError(
+            raise ShardError(
                 f"data.cache_gb={self.max_bytes / 1e9:g} cannot hold {url} of {num_bytes:,} bytes; "
                 "set it to at least two windows of shards"
             )
@@ -107,14 +107,18 @@ class Cache:
     def clean(self) -> None:
         """Remove what killed downloads have left."""
         for sha256 in {name[:64] for name in os.listdir(self.folder) if len(name) > 64}:
-            with self._lock(sha256, wait=False) as lock:
-                for part in self.folder.glob(f"{sha256}.*.part") if lock else ():
-                    part.unlink(missing_ok=True)
+            with self._lock(sha256, wait=False):
+                pass
 
-    def _lock(
-        self, sha256: str, *, wait: bool = True
-    ) -> contextlib.AbstractContextManager[IO[bytes] | None]:
-        return _locked(self.folder / f"{sha256}.lock", wait=wait)
+    @contextlib.contextmanager
+    def _lock(self, sha256: str, *, wait: bool = True) -> Iterator[IO[bytes] | None]:
+        """Be the one who may fetch a file; what is there of it is of one who was killed."""
+        with _locked(self.folder / f"{sha256}.lock", wait=wait) as lock:
+            if lock:
+                for name in os.listdir(self.folder):
+                    if name.startswith(f"{sha256}.") and name.endswith(".part"):
+                        (self.folder / name).unlink(missing_ok=True)
+            yield lock
 
     def _fetch(self, url: str, sha256: str, lock: IO[bytes]) -> None:
         size = remote_size(url)  # None where the protocol does not tell: is counted when it is here

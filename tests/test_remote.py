@@ -33,11 +33,11 @@ TRICKLE = 12  # pieces, a tenth of a second apart
 
 
 class Origin(ThreadingHTTPServer):
-    """Serves a folder. `faults[name]` is used up by the GETs of that file, one each.
+    """Serves a folder, over connections that stay open.
 
-    A number is an HTTP status; "stall" stops in the middle; "cut" closes there, "cut unsaid" does
-    so without having told the length; "altered" flips a bit; "trickle" is slow but steady. `sizes`
-    are lies about a file's length to who asks for it.
+    `faults[name]` is used up by the GETs of that file, one each. A number is an HTTP status;
+    "stall" stops in the middle; "cut" closes there, "cut unsaid" without having told the length;
+    "altered" flips a bit; "trickle" is slow but steady. `sizes` are lies to who asks for a length.
     """
 
     daemon_threads = True
@@ -48,12 +48,27 @@ class Origin(ThreadingHTTPServer):
         self.faults: dict[str, list[int | str]] = {}
         self.sizes: dict[str, int] = {}
         self.gets: list[str] = []
+        self.connections: set[object] = set()
         self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Origin
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self)
+        with contextlib.suppress(ConnectionError):
+            super().finish()
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def log_message(self, *_: object) -> None:
         """Keep the tests' output clean."""
@@ -65,8 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path[1:]
         self.server.gets.append(name)
         faults = self.server.faults.get(name)
-        with contextlib.suppress(ConnectionError):
-            self.answer(name, faults.pop(0) if faults else "")
+        self.answer(name, faults.pop(0) if faults else "")
 
     def answer(self, name: str, fault: int | str | None) -> None:
         path = self.server.folder / name
@@ -75,7 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "altered":
             content = content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
         self.send_response(status)
-        if fault != "cut unsaid":
+        if fault == "cut unsaid":
+            self.send_header("Connection", "close")
+        else:
             size = len(content) if fault is not None else self.server.sizes.get(name, len(content))
             self.send_header("Content-Length", str(size))
         self.end_headers()
@@ -88,6 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ended.wait()
         elif fault in ("cut", "cut unsaid"):
             self.wfile.write(content[:half])
+            self.close_connection = True
         elif fault == "trickle":
             for part in np.array_split(np.frombuffer(content, np.uint8), TRICKLE):
                 self.wfile.write(part.tobytes())
@@ -139,6 +156,17 @@ def in_child(function: Callable[[], object]) -> multiprocessing.process.BaseProc
     return process
 
 
+def kill(process: multiprocessing.process.BaseProcess) -> None:
+    process.kill()
+    process.join()
+
+
+def awaited(path: Path) -> bool:
+    """Whether somebody waits for the lock on a file."""
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    return any(f":{path.stat().st_ino} " in line for line in waiting)
+
+
 def ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -166,6 +194,7 @@ def test_many_processes_fetch_a_shard_once(origin: Origin, cache: Cache) -> None
     """Forked after their parent has used http, as loader workers are; and they end promptly."""
     store = Remote(origin.url, cache)
     manifest = store.manifest()
+    until(lambda: not origin.connections)  # nothing is left open that children would inherit
     origin.gets.clear()
     origin.faults[manifest.shards[0].name] = ["trickle"]
     began = time.monotonic()
@@ -221,45 +250,58 @@ def test_eviction_harms_no_reader(origin: Origin, tmp_path: Path) -> None:
 
 def test_a_killed_download_leaves_nothing_that_counts(origin: Origin, tmp_path: Path) -> None:
     manifest = Manifest.load(origin.folder)
-    # Room for the three shards below: what the dead had reserved is free again.
-    cache = Cache(tmp_path / "cache", 3 * manifest.shards[0].num_bytes)
-    store, sha256 = Remote(origin.url, cache), manifest.shards[0].sha256
+    first, second, third = (shard.sha256 for shard in manifest.shards[:3])
+    # What the dead had reserved is free again, or there would be no room.
+    cache = Cache(tmp_path / "cache", 2 * manifest.shards[0].num_bytes)
+    store = Remote(origin.url, cache)
     origin.faults = {shard.name: ["stall"] for shard in manifest.shards[:2]}
     children = [in_child(lambda n=n: read(store, manifest, n)) for n in (0, 1)]  # type: ignore[misc]
     until(lambda: sum(p.stat().st_size > 0 for p in cache.folder.glob("*.part")) == 2)
-    assert children[0].pid and children[1].pid
-    os.kill(children[0].pid, signal.SIGKILL)
-    children[0].join()
-    dead, live = (
-        [name for name in held(cache) if name.startswith(manifest.shards[n].sha256)] for n in (0, 1)
-    )
-    assert len(dead) == len(live) == 2 and sha256 not in dead
-    read(store, manifest, 2)  # cleans up after the dead, and leaves the living alone
-    assert held(cache) == {manifest.shards[2].sha256, *live}
-    read(store, manifest, 0)
-    os.kill(children[1].pid, signal.SIGKILL)
-    children[1].join()
-    cache.clean()
-    assert held(cache) == {manifest.shards[0].sha256, manifest.shards[2].sha256}
+    kill(children[0])
+    left, live = ({name for name in held(cache) if name[:64] == sha} for sha in (first, second))
+    assert len(left) == len(live) == 2 and first not in left
+    read(store, manifest, 2)  # cleans up after the dead and leaves the living alone
+    assert held(cache) == {third, *live}
+    kill(children[1])
+    read(store, manifest, 1)
+    assert held(cache) == {second, third}
 
 
 def test_a_fork_in_mid_download_takes_no_lock_along(origin: Origin, cache: Cache) -> None:
     store, manifest = Remote(origin.url, cache), Manifest.load(origin.folder)
     origin.faults[manifest.shards[0].name] = ["trickle"]
-    reading = threading.Thread(target=read, args=(store, manifest))
-    reading.start()
+    threads = [threading.Thread(target=read, args=(store, manifest), daemon=True) for _ in "ab"]
+    for thread in threads:
+        thread.start()
     until(lambda: list(cache.folder.glob("*.part")))
     child = in_child(signal.pause)
     try:
-        reading.join()
-        (cache.folder / manifest.shards[0].sha256).unlink()
-        again = threading.Thread(target=read, args=(store, manifest), daemon=True)
-        again.start()
-        again.join(10)
-        assert not again.is_alive()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
     finally:
-        child.kill()
-        child.join()
+        kill(child)
+
+
+def test_a_lock_is_held_by_one_although_its_file_goes(tmp_path: Path) -> None:
+    """Who waited for the removed file must not believe to hold the lock when a third asks."""
+    path, waiting, done = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with remote._locked(path):
+            waiting.set()
+            done.wait(10)
+
+    with remote._locked(path):
+        second = threading.Thread(target=wait)
+        second.start()
+        until(lambda: awaited(path))
+    assert waiting.wait(10)
+    with remote._locked(path, wait=False) as held_too:
+        assert held_too is None
+    done.set()
+    second.join()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("fault", [500, 429, "cut", "cut unsaid", "altered", "stall"])
@@ -366,17 +408,19 @@ def test_a_server_that_is_down_is_not_a_missing_file(
 def test_a_damaged_copy_is_fetched_anew(origin: Origin, cache: Cache) -> None:
     store, manifest = Remote(origin.url, cache), Manifest.load(origin.folder)
     expected = read(store, manifest)
-    copy = cache.folder / manifest.shards[0].sha256
-    with open(copy, "r+b") as file:
+    info = manifest.shards[0]
+    with open(cache.folder / info.sha256, "r+b") as file:
         file.seek(2000)
         file.write(b"\xff")
     origin.gets.clear()
-    children = [in_child(lambda: read(store, manifest)) for _ in range(3)]
-    for child in children:
-        child.join(20)
-    assert [child.exitcode for child in children] == [0] * 3
-    assert origin.gets == [manifest.shards[0].name]
     assert np.array_equal(read(store, manifest), expected)
+    assert origin.gets == [info.name]
+    # Another process that had opened the damaged copy does not remove the sound one.
+    other = Remote(origin.url, cache)
+    assert other.discard(info.name, info.sha256)
+    other.open(info.name, info.sha256).close()
+    assert origin.gets == [info.name]
+    assert not other.discard(info.name, info.sha256)  # once: a loop would have no end
 
 
 def test_a_shard_that_is_bad_at_its_origin_is_an_error(origin: Origin, cache: Cache) -> None:
@@ -436,12 +480,12 @@ def test_paths_and_urls_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert isinstance(remote.open_store("/data/set", None, 1), Folder)
 
 
-def prefetcher(store: Remote, manifest: Manifest, horizon: int) -> Prefetcher:
-    """One shard a step, the last first."""
+def prefetcher(store: Remote, manifest: Manifest, horizon: int, steps: int = 1) -> Prefetcher:
+    """One shard for so many steps, the last first."""
     return Prefetcher(
         store,
         manifest,
-        lambda step: [9 - step % 10],
+        lambda step: [9 - step // steps % 10],
         first_step=0,
         last_step=20,
         horizon=horizon,
@@ -479,6 +523,16 @@ def test_a_failed_prefetch_is_one_warning_and_the_readers_business(
         read(store, manifest, 9)
 
 
+def test_a_shard_takes_one_download_however_many_steps_need_it(
+    origin: Origin, cache: Cache
+) -> None:
+    store, manifest = Remote(origin.url, cache), Manifest.load(origin.folder)
+    origin.faults = {shard.name: ["stall"] for shard in manifest.shards}
+    with prefetcher(store, manifest, horizon=19, steps=5):
+        until(lambda: len(origin.gets) == 4)
+    assert set(origin.gets) == {shard.name for shard in manifest.shards[6:]}
+
+
 def test_a_prefetcher_closes_fast_and_survives_the_signals_of_its_rank(
     origin: Origin, cache: Cache
 ) -> None:
@@ -508,6 +562,7 @@ def test_a_prefetcher_ends_with_its_parent(
 
     def rank() -> None:
         pids.put(prefetcher(store, manifest, 9)._process.pid)
+        until(lambda: list(cache.folder.glob("*.part")))  # it is at work
         if end:
             signal.pause()
         sys.exit(3)
