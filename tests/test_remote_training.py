@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
 
-from tests.conftest import FP32, run_ranks
+from dit_ds.loader import Split
+from dit_ds.manifest import Manifest
+from dit_ds.order import Order
+from dit_ds.remote import Cache, Remote
+from dit_ds.samples import Samples
+from tests.conftest import FP32, make_latents, run_ranks
 from tests.runs import arguments, assert_same_bits, state_of, train, write_json
 from tests.test_remote import Origin
 
@@ -42,6 +50,36 @@ def test_two_ranks_train_from_a_url_as_from_a_folder(
     assert_same_bits(state_of(tiny["run"], 12), expected)
     shards = Counter(name for name in origin.gets if name.endswith(".tar"))
     assert shards == {f"shard-{i:06d}.tar": 1 for i in range(3)}
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Manifest]:
+    """320 shards of 3 to 5 samples at memory://shards."""
+    counts = tuple(np.random.default_rng(0).integers(3, 6, 320).tolist())
+    manifest = make_latents(tmp_path / "made", counts=counts)
+    filesystem = fsspec.filesystem("memory")
+    for path in (tmp_path / "made").iterdir():
+        filesystem.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    gc.freeze()  # a download collects garbage, and here the whole of torch would be searched
+    yield manifest
+    gc.unfreeze()
+    filesystem.rm("/shards", recursive=True)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_a_host_fetches_its_share(in_memory: Manifest, tmp_path: Path, hosts: int) -> None:
+    sizes = [shard.num_samples for shard in in_memory.shards]
+    split = Split.of(global_batch=64, world_size=hosts, micro_batch=64)
+    for host in range(hosts):
+        store = Remote("memory://shards", Cache(tmp_path / f"host{host}", 10**9))
+        order = Order(sizes, global_batch=64, lanes=8, window=4, seed=0)
+        samples = Samples(store, in_memory, seed=0, flip=0.5)
+        for step in range(order.num_samples // 64):  # an epoch
+            samples.read(*order.batch(step, *split.slice(host)), 64 // hosts)
+        fetched = len([path for path in store.cache.folder.iterdir() if len(path.name) == 64])
+        assert fetched <= 1.1 * 320 / hosts
+    total = sum(1 for host in range(hosts) for _ in (tmp_path / f"host{host}").glob("?" * 64))
+    assert total >= 320 - 8  # the last step of the epoch is another one's first
 
 
 def test_a_shard_that_cannot_be_had_stops_all_ranks_with_its_url(
