@@ -32,6 +32,7 @@ from dit_ds.transfer import download, no_space, remote_size
 
 _NUM_PARALLEL = 4  # downloads of one prefetcher
 _POLL_SECONDS = 0.1
+_SPARE_BYTES = 1 << 20  # of the disk, for what a file system adds to a file
 
 
 def is_url(path: str) -> bool:
@@ -146,7 +147,7 @@ class Cache:
                     elif entry.name.endswith(".part"):
                         arrived += found.st_size
             used = sum(size for _, size, _ in cached)
-            free = shutil.disk_usage(self.folder).free - (reserved - arrived)
+            free = shutil.disk_usage(self.folder).free - (reserved - arrived) - _SPARE_BYTES
             room = min(free, self.max_bytes - used - reserved)
             if room + used < num_bytes:
                 if reserved:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import multiprocessing
 import os
@@ -194,7 +193,7 @@ def test_many_processes_fetch_a_shard_once(origin: Origin, cache: Cache) -> None
     """Forked after their parent has used http, as loader workers are; and they end promptly."""
     store = Remote(origin.url, cache)
     manifest = store.manifest()
-    until(lambda: not origin.connections)  # nothing is left open that children would inherit
+    until(lambda: not origin.connections, 5)  # nothing is left open that children would inherit
     origin.gets.clear()
     origin.faults[manifest.shards[0].name] = ["trickle"]
     began = time.monotonic()
@@ -451,7 +450,6 @@ def test_a_full_disk_names_folder_and_space(origin: Origin, tmp_path: Path) -> N
             read(store, manifest)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert errno.EFBIG in transfer._DISK_FULL
     assert held(store.cache) == {manifest.shards[1].sha256}
 
 
