@@ -10,18 +10,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
-import signal
 import socket
 import time
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dit_ds import distributed
 from dit_ds.manifest import Manifest, ShardError, Store
 from dit_ds.order import Order
+from dit_ds.parallel import begin_worker
 from dit_ds.remote import Prefetcher, Remote
 from dit_ds.samples import MicroBatch, Samples
 
@@ -139,7 +138,7 @@ class Loader:
                 # Two steps ahead, whatever the number of micro-steps.
                 prefetch_factor=math.ceil(2 * split.num_micro / workers) if workers else None,
                 pin_memory=distributed.device().type == "cuda",
-                worker_init_fn=_start_worker,
+                worker_init_fn=_begin_worker,
             )
         )
         self.wait_seconds = 0.0
@@ -201,13 +200,8 @@ def _check_cache(
         )
 
 
-def _start_worker(worker: int) -> None:
-    """A worker leaves signals to its rank, which ends it; it computes on one thread.
-
-    It may have as many files open as the system allows, for the shards of its windows.
-    """
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _begin_worker(worker: int) -> None:
+    """It may have as many files open as the system allows, for the shards of its windows."""
+    begin_worker(worker)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

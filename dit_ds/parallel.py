@@ -1,7 +1,8 @@
-"""The same work on many shards, in processes, with a progress bar."""
+"""Worker processes: how they begin, and the same work on many shards with a progress bar."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,16 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def begin_worker(worker: int = 0) -> None:
+    """Call first in a `DataLoader` worker: it leaves signals to its rank, which ends it.
+
+    `DataLoader` itself sees to one thread.
+    """
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    gc.freeze()  # what the rank had is the rank's to finalize, and need not be searched
 
 
 def each(

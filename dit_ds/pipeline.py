@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_ds import latents
 from dit_ds.manifest import ShardInfo
+from dit_ds.parallel import begin_worker
 from dit_ds.plan import Plan
 from dit_ds.records import Record
 from dit_ds.shards import ShardWriter
@@ -204,7 +204,7 @@ class Batches:
                 # torch's default on Linux, said because a rank may be a child of another kind.
                 multiprocessing_context="fork" if workers else None,
                 pin_memory=device == "cuda",
-                worker_init_fn=_start_worker,
+                worker_init_fn=begin_worker,
             )
         )
 
@@ -224,13 +224,6 @@ class Batches:
         if isinstance(batch, str):
             raise OSError(batch)
         return batch
-
-
-def _start_worker(worker: int) -> None:
-    """A worker leaves signals to its rank, which ends it; it computes on one thread."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 class Writer:
