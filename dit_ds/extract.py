@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import dit_ds
-from dit_ds import distributed, latents, records, sources
+from dit_ds import distributed, labels, latents, records, sources
 from dit_ds import plan as plans
 from dit_ds.files import atomic_path, lock
 from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
@@ -97,7 +97,7 @@ def extract(
                 images=plans.absolute(str(images)),
                 vae=_vae_info(vae, model),
                 image_size=image_size,
-                classes=None if classes is None else sources.read_class_names(classes),
+                classes=None if classes is None else labels.read_class_names(classes),
                 batch_size=batch_size,
                 precision=precision,
                 threads=threads,

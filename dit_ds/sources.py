@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dit_ds import remote, transfer
+from dit_ds.labels import MAX_CLASSES, UNLABELLED, LabelKind, says_label, split_name
 
 IMAGE_SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpeg .jpg .pgm .png .ppm .tif .tiff .webp".split()  # compared in lower case
 )
-UNLABELLED: tuple[str, ...] = ("images",)
-"""The class names of a set without classes."""
-MAX_CLASSES = 1_000_000
-"""A number from here on is a mistake, not a class: it would take so many class names."""
-LABEL_KEYS = ("label", "cls", "class")
-"""Where the JSON beside an image may say its class; the first that is there counts."""
-LabelKind = Literal["cls", "json", "none"]
-"""What labels the images of tars: members `KEY.cls`, members `KEY.json`, or nothing."""
 
 
 class Listing(NamedTuple):
@@ -241,74 +233,10 @@ def label_kind(tar: str | Path) -> LabelKind:
                 if key != first:
                     break
                 content = file.extractfile(member) if suffix in ("cls", "json") else None
-                if content and (suffix == "cls" or _says_label(content.read())):
+                if content and (suffix == "cls" or says_label(content.read())):
                     found.add(suffix)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"images: {tar} cannot be read as a tar: {error}") from error
     if first is None:
         raise ValueError(f"images: {tar}, the first tar, is empty; leave it out")
     return "cls" if "cls" in found else "json" if "json" in found else "none"
-
-
-def _says_label(content: bytes) -> bool:
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return False
-    return isinstance(found, dict) and any(key in found for key in LABEL_KEYS)
-
-
-def split_name(member: str) -> tuple[str, str]:
-    """A member's sample and suffix as webdataset splits them: `a/b.c.jpg` is `a/b` and `c.jpg`.
-
-    Both are empty where it is none: no suffix, or nothing before it.
-    """
-    folder, slash, name = member.rpartition("/")
-    key, _, suffix = name.partition(".")
-    return (folder + slash + key, suffix.lower()) if key and suffix else ("", "")
-
-
-def read_class_names(file: str | Path) -> tuple[str, ...]:
-    """The class names in a text file, one on each line, the first of them class 0."""
-    try:
-        names = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"classes={file}: cannot be read: {error}") from error
-    if not names or not all(name.strip() for name in names):
-        raise ValueError(f"classes={file}: holds empty lines; write one class name on each")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"classes={file}: names {twice!r} twice; give each class its own name")
-    return tuple(names)
-
-
-def parse_label(
-    content: bytes, kind: LabelKind, class_ids: dict[str, int] | None, num_classes: int
-) -> int:
-    """The class number that the member beside an image says.
-
-    class_ids: the numbers of names, where there are names. A ValueError says what is wrong.
-    """
-    try:
-        value: object = content.decode().strip()
-        if kind == "json":
-            found = json.loads(content)
-            keys = [key for key in LABEL_KEYS if isinstance(found, dict) and key in found]
-            if not keys:
-                raise ValueError(f"its json has none of the keys {', '.join(LABEL_KEYS)}")
-            value = found[keys[0]]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"its {kind} cannot be read: {error}") from error
-    number = None
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str):
-        if value.isascii() and value.isdigit() and len(value) < 20:
-            number = int(value)
-        elif class_ids is not None and value in class_ids:
-            number = class_ids[value]
-    if number is None:
-        raise ValueError(f"its label {value!r} is no class (text needs --classes)")
-    if not 0 <= number < num_classes:
-        raise ValueError(f"its label {number} is not one of 0-{num_classes - 1}")
-    return number

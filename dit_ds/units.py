@@ -18,9 +18,10 @@ from typing import Literal, NamedTuple
 
 import pydantic
 
-from dit_ds import remote, sources, transfer
+from dit_ds import labels, remote, sources, transfer
 from dit_ds.files import atomic_file
-from dit_ds.sources import LabelKind, Listing, Tars
+from dit_ds.labels import LabelKind
+from dit_ds.sources import Listing, Tars
 
 _IN_TARS = frozenset("jpg jpeg png webp".split())
 # What the file system says of an image that is not there. Anything else (a disk that fails, a
@@ -120,9 +121,9 @@ class TarSource(_Frozen):
             if class_names is not None:
                 raise ValueError(
                     f"classes: the first sample of {tars.names[0]} has no label (.cls, or .json "
-                    f"with one of {', '.join(sources.LABEL_KEYS)}); leave --classes out"
+                    f"with one of {', '.join(labels.LABEL_KEYS)}); leave --classes out"
                 )
-            class_names = sources.UNLABELLED
+            class_names = labels.UNLABELLED
         return cls(names=tars.names, num_bytes=tars.num_bytes, label=label, class_names=class_names)
 
 
@@ -243,7 +244,7 @@ def _index(path: Path, number: int, name: str, label: LabelKind) -> tuple[list[I
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                key, suffix = sources.split_name(member.name)
+                key, suffix = labels.split_name(member.name)
                 if not key or not member.isfile():
                     num_skipped += not member.isdir()
                     continue
@@ -288,9 +289,7 @@ class ItemReader:
 
     def __init__(self, source: ListedSource | TarSource) -> None:
         self._label: LabelKind = source.label if isinstance(source, TarSource) else "none"
-        names = source.class_names
-        self._num_classes = sources.MAX_CLASSES if names is None else len(names)
-        self._class_ids = None if names is None else {name: i for i, name in enumerate(names)}
+        self._class_ids = labels.class_ids(source.class_names)
 
     def read(self, item: Item) -> tuple[bytes, int]:
         """The image's file and its label; a `Rejection` if one of them is missing or no good."""
@@ -300,12 +299,12 @@ class ItemReader:
         if isinstance(item.label, int):
             return image, item.label
         try:
-            label = _read(item.label)
-            return image, sources.parse_label(
-                label, self._label, self._class_ids, self._num_classes
-            )
+            label = labels.parse_label(_read(item.label), self._label, self._class_ids)
         except ValueError as error:
             raise Rejection(str(error)) from error
+        if label is None:
+            raise Rejection(f"has a json with none of the keys {', '.join(labels.LABEL_KEYS)}")
+        return image, label
 
 
 def _read(place: str | Extent) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dit_ds import sources
+from dit_ds import labels, sources
 from dit_ds.sources import Listing, Tars, open_source, read_list
 from dit_ds.units import ItemReader, Rejection, TarSource, TarUnits
 
@@ -127,14 +127,17 @@ def test_tars_that_are_not_there_are_told(tmp_path: Path, name: str) -> None:
         ("cls", b"dog", ("cat", "dog"), 1),
         ("json", b'{"label": 3, "class": 4}', None, 3),
         ("json", b'{"class": "dog", "text": "a dog"}', ("cat", "dog"), 1),
-        ("cls", b"dog", None, "its label 'dog' is no class .text needs --classes"),
-        ("cls", b"2", ("cat", "dog"), "its label 2 is not one of 0-1"),
-        ("cls", b"-1", None, "its label '-1' is no class"),
-        ("cls", b"\xff", None, "its cls cannot be read"),
-        ("json", b'{"label": -1}', None, "its label -1 is not one of 0-999999"),
-        ("json", b'{"label": true}', None, "its label True is no class"),
+        ("cls", b"dog", None, "has the label 'dog' in its cls, which is no class; .* names"),
+        ("cls", b"2", ("cat", "dog"), "has the label 2, not one of 0-1"),
+        ("cls", b"-1", None, "has the label '-1' in its cls"),
+        ("cls", b"\xff", None, "has a cls that cannot be read"),
+        ("json", b'{"label": -1}', None, "has the label -1, not one of 0-999999"),
+        ("json", b'{"label": true}', None, "has the label True in its json"),
         ("json", b'{"text": "a dog"}', None, "none of the keys label, cls, class"),
-        ("json", b"{", None, "its json cannot be read"),
+        ("json", b'{"label": null}', None, "none of the keys label, cls, class"),
+        ("json", b"[" * 100_000, None, "has a json that cannot be read"),
+        ("cls", b"9" * 5000, None, "has the label '9+[.]+9+' in its cls"),
+        ("json", b"{", None, "has a json that cannot be read"),
     ],
 )
 def test_labels_in_tars(tmp_path: Path, suffix: str, content: bytes, names, expected) -> None:
@@ -236,10 +239,10 @@ def test_a_tar_that_changed_since_it_was_planned_is_refused(tmp_path: Path) -> N
 def test_class_names_need_labels_and_each_its_own_line(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("cat\ndog\ncat\n")
     with pytest.raises(ValueError, match="classes=.*names 'cat' twice"):
-        sources.read_class_names(tmp_path / "names")
+        labels.read_class_names(tmp_path / "names")
     (tmp_path / "names").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match="classes=.*empty lines"):
-        sources.read_class_names(tmp_path / "names")
+        labels.read_class_names(tmp_path / "names")
     tar = write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.json", json.dumps({}).encode())])
     with pytest.raises(ValueError, match="classes: the first sample of .*x.tar has no label"):
         tar_units(tar, tmp_path, ("cat",))
