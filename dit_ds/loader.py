@@ -55,6 +55,12 @@ class Split:
         first = rank * self.global_batch // self.world_size
         return first, (rank + 1) * self.global_batch // self.world_size
 
+    def lanes_of(self, rank: int, lanes: int) -> range:
+        """The lanes that a rank reads, of so many."""
+        start, stop = self.slice(rank)
+        share = self.global_batch // lanes
+        return range(start // share, -(-stop // share))
+
     def places(self, rank: int, micro: int) -> tuple[int, int]:
         """[start, stop) of a rank's micro-batch in the global batch."""
         first, last = self.slice(rank)
@@ -105,7 +111,10 @@ class Loader:
         sizes = [s.num_samples for s in manifest.shards]
         batch = split.global_batch
         order = Order(sizes, global_batch=batch, lanes=lanes, window=window, seed=seed)
-        samples = Samples(store, manifest, seed=seed, flip=flip)
+        lanes_here = len(split.lanes_of(distributed.rank(), order.lanes))
+        # One more of each lane, since windows end within a micro-batch.
+        max_open = _open_files(max(1, min(len(sizes), lanes_here * (window + 1))))
+        samples = Samples(store, manifest, seed=seed, flip=flip, max_open=max_open)
         numbers = range(first_step * split.num_micro, last_step * split.num_micro)
         self._split, self._step = split, first_step
         self._ahead: Prefetcher | None = None
@@ -125,7 +134,8 @@ class Loader:
                 needs,
                 first_step=first_step,
                 last_step=last_step,
-                horizon=order.window_steps(),
+                # With what is being read, that is a window and a half: the cache holds two.
+                horizon=max(1, order.window_steps() // 2),
             )
         self._batches: Iterator[MicroBatch | str] = iter(
             DataLoader(
@@ -138,7 +148,7 @@ class Loader:
                 # Two steps ahead, whatever the number of micro-steps.
                 prefetch_factor=math.ceil(2 * split.num_micro / workers) if workers else None,
                 pin_memory=distributed.device().type == "cuda",
-                worker_init_fn=_begin_worker,
+                worker_init_fn=begin_worker,
             )
         )
         self.wait_seconds = 0.0
@@ -183,10 +193,7 @@ def _check_cache(
 
     One is being read and the next one fetched.
     """
-    share = split.global_batch // order.lanes
-    lanes: set[int] = set()
-    for start, stop in map(split.slice, ranks):
-        lanes |= set(range(start // share, -(-stop // share)))
+    lanes = {lane for rank in ranks for lane in split.lanes_of(rank, order.lanes)}
     total = sum(shard.num_bytes for shard in manifest.shards)
     mean, window = total / len(manifest.shards), order.window
     need = min(total, 2 * len(lanes) * window * mean)
@@ -200,8 +207,15 @@ def _check_cache(
         )
 
 
-def _begin_worker(worker: int) -> None:
-    """It may have as many files open as the system allows, for the shards of its windows."""
-    begin_worker(worker)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _open_files(wanted: int) -> int:
+    """Let this process and its workers have so many shards open; how many they may.
+
+    The usual limit of 1,024 files is less than the shards of a window on few ranks. A process has
+    other files too, hence twice as many and some.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 2 * wanted + 512
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else min(wanted, max(1, (soft - 512) // 2))

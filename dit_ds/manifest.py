@@ -7,6 +7,7 @@ position in the manifest. Shards are reached through a `Store`: a `Folder` here,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,9 @@ from dit_ds.files import atomic_file
 
 MANIFEST_NAME = "manifest.json"
 REMEDY = "copy it again, or make the data set again"
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this machine, which say nothing of the file."""
 
 
 class ShardError(ValueError):
@@ -168,8 +172,8 @@ class Store(Protocol):
     def where(self, name: str) -> str:
         """A file's full name, for people."""
 
-    def open(self, name: str, sha256: str) -> BinaryIO:
-        """A file of the data set, open for reading, on this machine's disk.
+    def open(self, name: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
+        """A file of the data set, of `num_bytes` if that is known, open on this machine's disk.
 
         Raises a ShardError that names the file if it cannot be had. Its content may be damaged.
         """
@@ -196,11 +200,13 @@ class Folder:
         """The path."""
         return str(self.path / name)
 
-    def open(self, name: str, sha256: str) -> BinaryIO:
+    def open(self, name: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
         """The file itself; its checksum is the reader's business."""
         try:
             return open(self.path / name, "rb")
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
             raise ShardError(
                 f"{self.path / name}: cannot be read ({error.strerror}); {REMEDY}"
             ) from error

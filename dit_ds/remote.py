@@ -65,8 +65,10 @@ class Cache:
                 f"{folder}: cannot be made ({error.strerror}); choose another folder for the cache"
             ) from error
 
-    def open(self, url: str, sha256: str) -> BinaryIO:
+    def open(self, url: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
         """A file, open for reading; fetched from `url` if it is not here.
+
+        Its origin is asked for its size if that is not known.
 
         Raises:
             ShardError: it cannot be fetched, what came has another checksum, or it is larger than
@@ -78,7 +80,7 @@ class Cache:
                 assert lock is not None
                 file = self._opened(sha256)  # others may have fetched it while we waited
                 if file is None:
-                    self._fetch(url, sha256, lock)
+                    self._fetch(url, sha256, num_bytes, lock)
                     file = self._opened(sha256)
         return file
 
@@ -121,8 +123,9 @@ class Cache:
                         (self.folder / name).unlink(missing_ok=True)
             yield lock
 
-    def _fetch(self, url: str, sha256: str, lock: IO[bytes]) -> None:
-        size = remote_size(url)  # None where the protocol does not tell: is counted when it is here
+    def _fetch(self, url: str, sha256: str, num_bytes: int | None, lock: IO[bytes]) -> None:
+        # None where the protocol does not tell: is counted when it is here.
+        size = remote_size(url) if num_bytes is None else num_bytes
         self.check(url, size or 0)
         while not self._reserve(url, size or 0, lock):
             time.sleep(_POLL_SECONDS)
@@ -240,9 +243,9 @@ class Remote:
         """The file's URL."""
         return f"{self.url}/{name}"
 
-    def open(self, name: str, sha256: str) -> BinaryIO:
+    def open(self, name: str, sha256: str, num_bytes: int | None = None) -> BinaryIO:
         """The file from the cache, fetched if it is not there. Raises as `Cache.open` does."""
-        return self.cache.open(self.where(name), sha256)
+        return self.cache.open(self.where(name), sha256, num_bytes)
 
     def discard(self, name: str, sha256: str) -> bool:
         """Have a damaged file fetched anew; False if that was done before, to no avail."""
@@ -315,7 +318,7 @@ class Prefetcher:
                     return
                 shard = self._manifest.shards[number]
                 try:
-                    self._store.open(shard.name, shard.sha256).close()
+                    self._store.open(shard.name, shard.sha256, shard.num_bytes).close()
                 except (ValueError, OSError) as error:
                     if not warned.is_set():
                         warned.set()

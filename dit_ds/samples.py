@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import resource
+import mmap
+import multiprocessing
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -20,7 +22,8 @@ from dit_ds.indexed import open_reader
 from dit_ds.manifest import Manifest, Store
 from dit_ds.shards import Reader
 
-_MAX_OPEN_SHARDS = 4096
+_UNKNOWN, _CLAIMED, _VERIFIED = range(3)  # what is known of a shard
+_PATIENCE_SECONDS = 60.0
 # exp(-30 / 2) = 3e-7 is the least deviation that `latents` knows.
 _LOG_VARIANCE_OF_NOTHING = -30.0
 
@@ -59,15 +62,28 @@ class MicroBatch:
 
 
 class Samples:
-    """Reads chosen samples of a data set: moments, labels and raw draws."""
+    """Reads chosen samples of a data set: moments, labels and raw draws.
 
-    def __init__(self, store: Store, manifest: Manifest, *, seed: int, flip: float) -> None:
+    Each shard is verified once, at its first open, by one of the processes that were forked with
+    this object: the others wait for it.
+
+    Args:
+        store, manifest: the data set.
+        seed, flip: as in `dit_ds.config`.
+        max_open: shards that are kept open, those read last. Each holds a file; and of one that the
+            cache has evicted, its space on the disk.
+    """
+
+    def __init__(
+        self, store: Store, manifest: Manifest, *, seed: int, flip: float, max_open: int = 64
+    ) -> None:
         self.manifest, self.seed, self.flip = manifest, seed, flip
-        self._store = store
+        self._store, self._max_open = store, max_open
         self._starts = np.cumsum([0] + [s.num_samples for s in manifest.shards])
-        # A shard is verified once, at its first open; of its readers only the latest are kept.
-        self._verified = np.zeros(len(manifest.shards), bool)
         self._readers: OrderedDict[int, Reader] = OrderedDict()
+        # Shared with the processes that are forked from here.
+        self._states = np.frombuffer(mmap.mmap(-1, len(manifest.shards)), np.uint8)
+        self._lock = multiprocessing.get_context("fork").Lock()
         self._image_bytes = math.prod(manifest.stored_shape) * manifest.stored_dtype.itemsize
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
@@ -87,19 +103,39 @@ class Samples:
         places = zip(shards.tolist(), rows.tolist(), flips.tolist(), strict=True)
         for i, (shard, row, flip) in enumerate(places):
             reader = self._readers.get(shard) or self._open(shard)
+            self._readers.move_to_end(shard)
             out[i * size : (i + 1) * size] = reader.image(row, flip)
             y[i] = reader.label(row)
         return torch.from_numpy(values), torch.from_numpy(y)
 
     def _open(self, shard: int) -> Reader:
-        info, verified = self.manifest.shards[shard], bool(self._verified[shard])
-        reader = open_reader(self._store, info, self.manifest, checked=verified)
-        reader.label(0)
-        self._verified[shard] = True
+        ours = self._claim(shard)
+        info = self.manifest.shards[shard]
+        reader = open_reader(self._store, info, self.manifest, checked=not ours)
+        try:
+            reader.label(0)
+        except BaseException:
+            self._states[shard] = _UNKNOWN  # whoever waits finds the fault again, and tells it
+            raise
+        self._states[shard] = _VERIFIED
         self._readers[shard] = reader
-        if len(self._readers) > min(_MAX_OPEN_SHARDS, _most_files() // 2):
+        if len(self._readers) > self._max_open:
             self._readers.popitem(last=False)
         return reader
+
+    def _claim(self, shard: int) -> bool:
+        """Whether it is this process that must verify a shard; waits while another one does."""
+        began = time.monotonic()
+        while True:
+            with self._lock:
+                state = self._states[shard]
+                # A process that was killed never tells; verifying twice does no harm.
+                if state == _UNKNOWN or time.monotonic() - began > _PATIENCE_SECONDS:
+                    self._states[shard] = _CLAIMED
+                    return True
+            if state == _VERIFIED:
+                return False
+            time.sleep(0.001)
 
     def moments(self, values: torch.Tensor) -> torch.Tensor:
         """(N, 2C, h, w) float32 of what the shards hold."""
@@ -155,12 +191,6 @@ class Samples:
             ids=torch.from_numpy(ids),
             epochs=torch.from_numpy(epochs),
         )
-
-
-def _most_files() -> int:
-    """How many files this process may have open; a memory map holds one."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return soft if soft != resource.RLIM_INFINITY else 4 * _MAX_OPEN_SHARDS
 
 
 def _filled(

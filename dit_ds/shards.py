@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dit_ds.files import atomic_file
-from dit_ds.manifest import REMEDY, Manifest, ShardError, ShardInfo, Store
+from dit_ds.manifest import EXHAUSTED, REMEDY, Manifest, ShardError, ShardInfo, Store
 
 _MOMENTS, _LABEL = ".moments.npy", ".cls"
 _BLOCK = tarfile.BLOCKSIZE
@@ -180,13 +180,15 @@ class Reader(abc.ABC):
 
     def _map(self) -> memoryview:
         info = self._info
-        with self._store.open(info.name, info.sha256) as file:
+        with self._store.open(info.name, info.sha256, info.num_bytes) as file:
             size = os.fstat(file.fileno()).st_size
             if size != info.num_bytes:
                 raise self._error(f"has {size} bytes, not the {info.num_bytes} it should")
             try:
                 return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except OSError as error:
+                if error.errno in EXHAUSTED:
+                    raise
                 raise self._error(f"cannot be read ({error.strerror})") from error
 
     def _error(self, fault: str) -> _DamagedError:

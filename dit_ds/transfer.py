@@ -148,6 +148,7 @@ def _watched(work: Callable[[], T], progress: Callable[[], int]) -> T:
 def _retried(url: str, attempt: Callable[[], T]) -> T:
     """The result of the first attempt that works, waiting longer from one to the next."""
     told = ""
+    _freeze_once()
     for number in range(NUM_ATTEMPTS):
         if number:
             # Machines that failed together should not come back together.
@@ -174,6 +175,18 @@ def _retried(url: str, attempt: Callable[[], T]) -> T:
         f"{url}: cannot be fetched, after {NUM_ATTEMPTS} attempts: {told}; check the network and "
         "the file, then run the same command again"
     )
+
+
+_frozen_in = 0  # the process
+
+
+def _freeze_once() -> None:
+    """Take what is there already, torch and all, out of what each attempt's collection searches."""
+    global _frozen_in
+    if _frozen_in != os.getpid():
+        _frozen_in = os.getpid()
+        gc.collect()
+        gc.freeze()
 
 
 def _judged(error: BaseException) -> tuple[str, bool]:

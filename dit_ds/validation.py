@@ -42,11 +42,13 @@ class Validation:
                     f"{where} has another {name} than data.path={cfg.data.path}; give a part of "
                     "the same data, as `tools/shards.py split` makes it"
                 )
-        shared = {s.sha256 for s in manifest.shards} & {s.sha256 for s in training.shards}
+        # An index may pick other rows of the same tar.
+        others = {(s.sha256, s.index_sha256) for s in training.shards}
+        shared = [s.name for s in manifest.shards if (s.sha256, s.index_sha256) in others]
         if shared:
-            name = next(s.name for s in manifest.shards if s.sha256 in shared)
             raise ValueError(
-                f"{where} and data.path={cfg.data.path} share {len(shared)} shards (first: {name});"
+                f"{where} and data.path={cfg.data.path} share {len(shared)} shards (first: "
+                f"{shared[0]});"
                 " what is trained on cannot validate; `tools/shards.py split` makes two parts"
             )
         self._num_samples = manifest.num_samples
@@ -90,13 +92,13 @@ class Validation:
         rounds = -(-num_batches // world)
         found = torch.zeros(rounds, len(_LOSSES), size)
         for i in range(rounds):
-            first = min(rank + i * world, num_batches - 1) * size
+            first = min(rank * rounds + i, num_batches - 1) * size
             ids = np.arange(first, min(first + size, self._num_samples))
             with distributed.agreed():
                 batch = self._samples.read_fixed(ids, size).to(distributed.device())
             losses = loss(engine, batch)
             found[i] = torch.stack([losses[k] for k in _LOSSES]).cpu()
-        # (rounds, world, losses, size): batch after batch, of which the last ones only fill up.
-        everyone = torch.stack(distributed.gather_tensor(found), dim=1)
-        by_sample = everyone.flatten(0, 1).transpose(0, 1).flatten(1)[:, : self._num_samples]
+        # (batches, losses, size), of which the last ones only fill up.
+        everyone = torch.cat(distributed.gather_tensor(found))
+        by_sample = everyone.transpose(0, 1).flatten(1)[:, : self._num_samples]
         return by_sample.double().mean(1).tolist()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from dit_ds.loader import Loader, Split
 from dit_ds.manifest import Folder, Manifest, ShardInfo
 from dit_ds.order import VERSION, Order
 from dit_ds.samples import MicroBatch, Samples
+from dit_ds.shards import ShardReader
 from tests.conftest import make_latents, run_ranks
 
 
@@ -234,6 +236,37 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
+
+
+def _read_all(samples: Samples, first: int) -> None:
+    """Read every shard, from another one on in each process."""
+    num = samples.manifest.num_samples
+    ids = np.roll(np.arange(num), -first)
+    samples.values(ids, np.zeros(num, np.int64))
+
+
+def test_each_shard_is_verified_by_one_of_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_latents(tmp_path / "data", counts=(30,) * 12)
+    log, wrong = tmp_path / "log", ShardReader._wrong
+
+    def told(self: ShardReader, data: memoryview) -> Iterator[str]:
+        with open(log, "a") as file:
+            file.write(f"{self._info.name}\n")
+        return wrong(self, data)
+
+    monkeypatch.setattr(ShardReader, "_wrong", told)
+    folder = Folder(tmp_path / "data")
+    samples = Samples(folder, folder.manifest(), seed=0, flip=0.0)
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_read_all, args=(samples, first)) for first in (0, 0, 100)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert sorted(log.read_text().split()) == [f"shard-{i:06d}.tar" for i in range(12)]
 
 
 def flip_a_bit(path: Path) -> None:

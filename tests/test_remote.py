@@ -438,11 +438,14 @@ def test_a_full_disk_names_folder_and_space(origin: Origin, tmp_path: Path) -> N
     manifest = Manifest.load(origin.folder)
     store = Remote(origin.url, Cache(tmp_path / "cache", 1 << 62))
     read(store, manifest, 1)
-    origin.sizes[manifest.shards[0].name] = 1 << 60
+    first = manifest.shards[0]
     with pytest.raises(ShardError, match=r"disk of .*/cache, where [\d,]+ bytes are free"):
-        read(store, manifest)
+        store.open(first.name, first.sha256, 1 << 60)
     assert held(store.cache) == {manifest.shards[1].sha256}  # evicting it would not have helped
-    del origin.sizes[manifest.shards[0].name]
+    origin.sizes[first.name] = 1 << 60  # the origin is asked where the size is not known
+    with pytest.raises(ShardError, match=r"disk of .*/cache, where [\d,]+ bytes are free"):
+        store.open(first.name, first.sha256)
+    del origin.sizes[first.name]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # what a full disk does
     try:

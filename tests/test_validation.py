@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dit_ds import distributed
@@ -145,6 +146,30 @@ def test_data_that_cannot_validate_are_refused(
     import re
 
     assert re.search(told, output)
+
+
+def test_both_parts_of_a_split_of_others_shards_can_be_used(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    from dit_ds import adopt, config
+    from dit_ds.split import split
+    from dit_ds.validation import Validation
+
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    with webdataset.TarWriter(str(theirs / "0.tar")) as tar:
+        for i in range(20):
+            latent = np.full((4, 4, 4), i, np.float32)
+            tar.write({"__key__": f"s{i}", "npy": latent, "cls": i % 3})
+    adopt.index(theirs, vae=adopt.Vae(0.5), image_size=32, values="latents", workers=1)
+    training, part = split(theirs, 0.2)  # the only tar is cut: two indices of the same bytes
+    overrides = [f"data.path={theirs}", f"validation.path={theirs / 'validation'}"]
+    cfg = config.load(str(tiny["recipe"]), overrides)
+    validation = Validation(cfg, Folder(theirs / "validation"), training)
+    seen = validation._samples.read_fixed(np.arange(4), 4).moments[:, 0, 0, 0].tolist()
+    kept = Samples(Folder(theirs), training, seed=0, flip=0.0)
+    rest = kept.read_fixed(np.arange(16), 16).moments[:, 0, 0, 0].tolist()
+    assert part.num_samples == 4 and sorted(seen + rest) == list(range(20))
 
 
 def test_fixed_draws_cover_the_times_evenly(tmp_path: Path) -> None:
