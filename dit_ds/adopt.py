@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,12 +27,12 @@ from dit_ds.arrays import ArrayError
 from dit_ds.files import atomic_file
 from dit_ds.foreign import Sample, grouped, mapped, read_sample
 from dit_ds.indexed import INDEX_SUFFIX, index_bytes
+from dit_ds.labels import UNLABELLED, class_ids
 from dit_ds.manifest import MANIFEST_NAME, Layout, Manifest, ShardInfo, Statistics, VaeInfo
 
 Values = Literal["moments", "latents", "scaled_latents"]
 
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_MAX_CLASSES = 1_000_000
 _SHOWN = 10
 
 
@@ -65,7 +65,7 @@ def first_sample(directory: str | Path, class_names: Sequence[str] | None = None
             data = mapped(path)
             samples, _, wrong = grouped(data)
             for key, members in samples.items():
-                return read_sample(data, key, members, class_names, Counter())
+                return read_sample(data, key, members, class_ids(class_names), Counter())
             raise ArrayError(wrong[0] if wrong else "holds no samples")
         except ArrayError as error:
             faults.append(f"{path.name}: {error}")
@@ -147,8 +147,8 @@ def index(
             f"{len(class_names)} class names, but sample {first.key} has no label (cls, json, or "
             "beside the array); give labels, or no class names"
         )
-    given = tuple(class_names) if class_names else None
-    jobs = [_Job(path, first, values, given) for path in paths]
+    ids = class_ids(class_names)
+    jobs = [_Job(path, first, values, ids) for path in paths]
     done: list[_Tar] = []
     sizes = [path.stat().st_size for path in paths]
     for tar in parallel.each(_index_tar, jobs, sizes=sizes, workers=workers):
@@ -160,7 +160,7 @@ def index(
         raise _refusal(directory, faults, len(faults) + sum(tar.num_untold for tar in done))
     num_classes = max(tar.largest_label for tar in done) + 1
     if first.label is None:
-        names: Sequence[str] = class_names or ("images",)
+        names: Sequence[str] = class_names or UNLABELLED
     else:
         names = class_names or [str(number) for number in range(num_classes)]
     manifest = Manifest(
@@ -209,7 +209,7 @@ class _Job:
     path: Path
     first: Sample
     values: Values
-    class_names: tuple[str, ...] | None
+    class_ids: Mapping[str, int] | None
 
 
 @dataclass
@@ -250,8 +250,8 @@ def _index_tar(job: _Job) -> _Tar:
     rows = []
     for key, members in samples.items():
         try:
-            sample = read_sample(data, key, members, job.class_names, done.ignored)
-            _check(sample, first, job.class_names)
+            sample = read_sample(data, key, members, job.class_ids, done.ignored)
+            _check(sample, first)
         except ArrayError as error:
             done.tell(str(error))
             continue
@@ -277,7 +277,7 @@ def _index_tar(job: _Job) -> _Tar:
     return done
 
 
-def _check(sample: Sample, first: Sample, class_names: Sequence[str] | None) -> None:
+def _check(sample: Sample, first: Sample) -> None:
     """Raise an ArrayError where a sample does not fit the first one."""
     if (sample.shape, sample.dtype) != (first.shape, first.dtype):
         raise ArrayError(
@@ -289,12 +289,6 @@ def _check(sample: Sample, first: Sample, class_names: Sequence[str] | None) -> 
         raise ArrayError(
             f"sample {sample.key} has {has}, the first sample of all has {others}; label all or "
             "none"
-        )
-    num_classes = len(class_names) if class_names else _MAX_CLASSES
-    if sample.label is not None and not 0 <= sample.label < num_classes:
-        raise ArrayError(
-            f"sample {sample.key} has the label {sample.label}; classes are numbered from 0 to at "
-            f"most {num_classes - 1}"
         )
     if not np.isfinite(sample.values).all():
         raise ArrayError(f"sample {sample.key} holds values that are not finite; make it again")

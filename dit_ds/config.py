@@ -42,7 +42,8 @@ class Data(Section):
     cache: str | None = None
     """Folder on this machine's disk for shards from a URL. Default ~/.cache/dit_ds."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
-    """Most that the cache may hold (10^9 bytes); two windows of this machine's lanes as a rule."""
+    """Most that the cache may hold (10^9 bytes): two windows of this machine's lanes, and this
+    machine's part of `validation.path` if that is at a URL too."""
     lanes: Positive | None = None
     """Parallel lanes of the order; divides the global batch. Default gcd(global batch, 64)."""
     window: Positive = 16

@@ -6,25 +6,23 @@ told with the remedy, what nothing will read is counted.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from dit_ds import arrays
 from dit_ds.arrays import ArrayError
-from dit_ds.indexed import split_name
+from dit_ds.labels import LABEL_KEYS, LabelKind, checked_label, parse_label, split_name
 
 _DTYPES: dict[str, Literal["float16", "float32"]] = {"<f2": "float16", "<f4": "float32"}
-_JSON_LABELS = ("label", "cls", "class")
-_ARRAY_LABELS = ("label", "cls", "class", "y")
+_ARRAY_LABELS = (*LABEL_KEYS, "y")
 
 Members = dict[str, tarfile.TarInfo]
 """Of one sample, by suffix."""
@@ -67,17 +65,17 @@ def grouped(data: memoryview) -> tuple[dict[str, Members], Counter[str], list[st
     try:
         with tarfile.open(fileobj=data.obj, mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
-                name = split_name(member.name)
+                key, suffix = split_name(member.name)
                 if member.isdir():
                     continue
-                if name is None:
+                if not key:
                     ignored["members without key and suffix"] += 1
                 elif not member.isreg() or member.issparse():
                     faults.append(f"{member.name} is a link or sparse; write it as a plain file")
-                elif name[1] in samples.setdefault(name[0], {}):
+                elif suffix in samples.setdefault(key, {}):
                     faults.append(f"{member.name} is there twice; keep one")
                 else:
-                    samples[name[0]][name[1]] = member
+                    samples[key][suffix] = member
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         faults.append(f"is no sound uncompressed tar ({error}); copy or write it again")
@@ -94,12 +92,12 @@ def read_sample(
     data: memoryview,
     key: str,
     members: Members,
-    class_names: Sequence[str] | None,
+    class_ids: Mapping[str, int] | None,
     ignored: Counter[str],
 ) -> Sample:
     """One sample; an ArrayError that names it if it cannot be read in place.
 
-    class_names: what a label that is a text may be. ignored: counts what nothing will read.
+    class_ids: see `labels.class_ids`. ignored: counts what nothing will read.
     """
     try:
         by_kind: dict[str, list[str]] = {}
@@ -125,15 +123,15 @@ def read_sample(
                 "little-endian, are read in place: write it as one of these"
             )
         label = None
-        texts = [s for kind in ("cls", "json") for s in by_kind.pop(kind, [])]
-        for suffix in texts:
-            text = members[suffix]
-            raw = bytes(data[text.offset_data : text.offset_data + text.size])
-            if label is None:
-                label = _text_label(suffix, raw, class_names)
+        kinds: tuple[LabelKind, ...] = ("cls", "json")
+        for kind in kinds:
+            for suffix in by_kind.pop(kind, []):
+                text = members[suffix]
+                raw = bytes(data[text.offset_data : text.offset_data + text.size])
+                label = parse_label(raw, kind, class_ids) if label is None else label
         if label is None and labels:
-            label = arrays.integer(content, next(iter(labels.values())))
-        ignored.update(f".{suffix}" for kind in by_kind.values() for suffix in kind)
+            label = checked_label(arrays.integer(content, next(iter(labels.values()))), class_ids)
+        ignored.update(f".{suffix}" for others in by_kind.values() for suffix in others)
         ignored.update(f"array {name}" for name in found)
         return Sample(
             key,
@@ -144,7 +142,7 @@ def read_sample(
             label,
             np.frombuffer(content, place.dtype, math.prod(shape), place.start).reshape(shape),
         )
-    except ArrayError as error:
+    except ValueError as error:
         raise ArrayError(f"sample {key} {error}") from error
 
 
@@ -154,27 +152,3 @@ def _image_shape(place: arrays.Place) -> tuple[int, ...]:
     while len(shape) > 3 and shape[0] == 1:
         shape = shape[1:]
     return shape
-
-
-def _text_label(suffix: str, raw: bytes, class_names: Sequence[str] | None) -> int | None:
-    """The label in a `cls` or `json` member; None if a json has none."""
-    value: Any
-    try:
-        value = raw.decode().strip()
-        if suffix.endswith("json"):
-            content = json.loads(value)
-            tree = content if isinstance(content, dict) else {}
-            value = next((tree[name] for name in _JSON_LABELS if name in tree), None)
-    except (ValueError, RecursionError) as error:
-        raise ArrayError(f"has a {suffix} that cannot be read ({error})") from error
-    if value is None:
-        return None
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        return int(value)
-    if class_names is not None and value in class_names:
-        return class_names.index(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ArrayError(
-        f"has the label {value!r} in {suffix}; write a class number, or give the class names"
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,7 @@ def read_class_names(file: str | Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def class_ids(names: tuple[str, ...] | None) -> dict[str, int] | None:
+def class_ids(names: Sequence[str] | None) -> dict[str, int] | None:
     """The class number of each name; None where the labels themselves are the names."""
     return None if names is None else {name: number for number, name in enumerate(names)}
 

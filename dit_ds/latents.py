@@ -27,6 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 if TYPE_CHECKING:  # importing diffusers takes 4 s; only `load_vae` pays them
     from diffusers import AutoencoderKL
 
+# What images are stored as. Pillow knows more, some by other programs: Ghostscript for PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAX_16_BIT = 65535
 _MAX_ENLARGED = 1 << 28  # pixels; 800 MB
 
@@ -51,7 +53,7 @@ def read_image(source: str | Path | bytes, name: str = "") -> Picture:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with warnings.catch_warnings():  # of odd metadata, thousands of them
             warnings.simplefilter("ignore")
-            with Image.open(file) as stored:
+            with Image.open(file, formats=_FORMATS) as stored:
                 stored.load()
                 # Phones store stereo pairs and gain maps as MPO: to everybody a photograph.
                 animated = getattr(stored, "is_animated", False) and stored.format != "MPO"
@@ -63,7 +65,7 @@ def read_image(source: str | Path | bytes, name: str = "") -> Picture:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "of no format that Pillow knows"  # its own words hold an address in memory
+        return f"none of {', '.join(_FORMATS)}"  # its own words hold an address in memory
     return str(error) or type(error).__name__
 
 

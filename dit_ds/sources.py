@@ -97,7 +97,7 @@ def list_class_folders(root: str | Path) -> Listing:
     found: list[tuple[str, int]] = []
     num_skipped, empty = len(stray), []
     for label, folder in enumerate(folders):
-        files = list(_files_below(folder))
+        files = list(_files_below(str(folder)))
         images = [os.path.relpath(file, root) for file in files if _is_image(file)]
         num_skipped += len(files) - len(images)
         found += [(image, label) for image in images]
@@ -115,10 +115,21 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    for where, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        yield from (os.path.join(where, f) for f in files if not f.startswith("."))
+def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files in a folder and in those below it, through links. above: the folders it lies in."""
+    above = (*above, os.path.realpath(folder))
+    if above[-1] in above[:-1]:
+        raise ValueError(f"images: {folder} links to a folder that it lies in; remove the link")
+    try:
+        with os.scandir(folder) as entries:
+            found = [(e.path, e.is_dir()) for e in entries if not e.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(
+            f"images: {error.filename} cannot be read ({error.strerror}); make it readable, or "
+            "remove it"
+        ) from error
+    for path, is_folder in found:
+        yield from _files_below(path, above) if is_folder else (path,)
 
 
 def _shuffled(
@@ -220,23 +231,28 @@ def size_of(name: str) -> int:
     return size
 
 
-def label_kind(tar: str | Path) -> LabelKind:
-    """What labels the images of a set, decided by the first sample of its first tar."""
-    first, found = None, set()
+def label_kind(tar: str | Path) -> tuple[LabelKind, bool]:
+    """What labels the images of a set, decided by the first labelled sample of its first tar.
+
+    Where none is, the second tells whether there are `json` that say no label.
+    """
+    sample, found, has_json = "", set(), False
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:
                 key, suffix = split_name(member.name)
                 if not member.isfile() or not key:
                     continue
-                first = first or key
-                if key != first:
+                if key != sample and found:
                     break
+                sample = key
                 content = file.extractfile(member) if suffix in ("cls", "json") else None
+                has_json |= suffix == "json"
                 if content and (suffix == "cls" or says_label(content.read())):
                     found.add(suffix)
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"images: {tar} cannot be read as a tar: {error}") from error
-    if first is None:
+        if isinstance(error, OSError) or not sample:  # the good part of a damaged tar will do
+            raise ValueError(f"images: {tar} cannot be read as a tar: {error}") from error
+    if not sample:
         raise ValueError(f"images: {tar}, the first tar, is empty; leave it out")
-    return "cls" if "cls" in found else "json" if "json" in found else "none"
+    return "cls" if "cls" in found else "json" if "json" in found else "none", has_json

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -115,15 +115,26 @@ class TarSource(_Frozen):
 
     @classmethod
     def look(cls, tars: Tars, class_names: tuple[str, ...] | None, work: Path) -> TarSource:
-        """Decide by the first tar how the images are labelled."""
-        label = sources.label_kind(_local(work, 0, tars.names[0], tars.num_bytes[0]))
+        """Decide by the first tar how the images are labelled.
+
+        Raises:
+            ValueError: there are no labels, and it is not plain that none are meant to be.
+        """
+        first, keys = tars.names[0], ", ".join(labels.LABEL_KEYS)
+        label, has_json = sources.label_kind(_local(work, 0, first, tars.num_bytes[0]))
         if label == "none":
-            if class_names is not None:
+            if class_names is None and has_json:
                 raise ValueError(
-                    f"classes: the first sample of {tars.names[0]} has no label (.cls, or .json "
-                    f"with one of {', '.join(labels.LABEL_KEYS)}); leave --classes out"
+                    f"images: no .json in {first} has a label (one of the keys {keys}); write the "
+                    "labels so, or, for images without classes, give --classes with a file of one "
+                    "line, the name for all"
                 )
-            class_names = labels.UNLABELLED
+            if class_names is not None and len(class_names) > 1:
+                raise ValueError(
+                    f"classes: no sample of {first} has a label (.cls, or .json with one of "
+                    f"{keys}); leave --classes out, or name one class for all"
+                )
+            class_names = class_names or labels.UNLABELLED
         return cls(names=tars.names, num_bytes=tars.num_bytes, label=label, class_names=class_names)
 
 
@@ -269,17 +280,19 @@ def _index(path: Path, number: int, name: str, label: LabelKind) -> tuple[list[I
 
 
 def _sample(
-    key: str, name: str, path: str, members: Iterable[tuple[str, int, int]], label: LabelKind
+    key: str, name: str, path: str, members: Sequence[tuple[str, int, int]], label: LabelKind
 ) -> Item:
     found = {suffix: Extent(path, offset, size) for suffix, offset, size in members}
     images = [suffix for suffix in found if suffix in _IN_TARS]
     nothing = Extent(path, 0, 0)
     fault = ""
-    if len(images) != 1:
+    if len(found) < len(members):
+        fault = "has several members of one suffix: its name stands for more than one sample"
+    elif len(images) != 1:
         several = f"has several images ({', '.join(sorted(images))})"
         fault = several if images else f"has no image ({', '.join(sorted(_IN_TARS))})"
     elif label != "none" and label not in found:
-        fault = f"has no label (.{label}, as the first sample of the set has)"
+        fault = f"has no label (.{label}, as the first labelled sample of the set has)"
     image = found[images[0]] if images else nothing
     return Item(key, name, image, 0 if label == "none" else found.get(label, nothing), fault)
 

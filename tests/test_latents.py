@@ -114,6 +114,23 @@ def test_truncated_images_are_named(tmp_path: Path, suffix: str) -> None:
         latents.load_image(path)
 
 
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")  # as Ghostscript
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.eps")
+    (tmp_path / "cat.eps").rename(tmp_path / "cat.jpg")
+    with pytest.raises(ValueError, match="cat.jpg: cannot be read as an image: none of JPEG, PNG"):
+        latents.load_image(tmp_path / "cat.jpg")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_what_is_listed_as_an_image_can_be_read(tmp_path: Path, suffix: str) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / f"image{suffix}")
+    assert latents.load_image(tmp_path / f"image{suffix}").size == (4, 4)
+
+
 def png_of_16_bits(colour_type: int, pixel: tuple[int, ...]) -> bytes:
     """A 4x4 PNG of one colour; Pillow does not write all that it reads."""
 

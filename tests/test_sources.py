@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from dit_ds import labels, sources
 from dit_ds.sources import Listing, Tars, open_source, read_list
 from dit_ds.units import ItemReader, Rejection, TarSource, TarUnits
+from tests.conftest import run_ranks
 
 
 def png(colour: str = "red") -> bytes:
@@ -42,6 +44,50 @@ def test_a_folder_of_images_alone_is_a_set_without_classes(tmp_path: Path) -> No
     assert isinstance(listing, Listing)
     assert in_order_of_names(listing) == [("a.JPG", 0), ("b.png", 0)]
     assert (listing.class_names, listing.num_skipped) == (("images",), 1)
+
+
+def test_class_folders_may_hold_links_and_what_cannot_be_read_is_told(tmp_path: Path) -> None:
+    for place in ("set/cat", "set/dog/deeper", "elsewhere/more"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.png").write_bytes(b"")
+    (tmp_path / "set/cat/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/bird").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/dog/gone.png").symlink_to("nowhere")  # its reader will tell
+    listing = open_source(str(tmp_path / "set"))
+    assert isinstance(listing, Listing)
+    assert in_order_of_names(listing) == [
+        ("bird/more/a.png", 0),
+        ("cat/a.png", 1),
+        ("cat/link/more/a.png", 1),
+        ("dog/deeper/a.png", 2),
+        ("dog/gone.png", 2),
+    ]
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set/cat")
+    with pytest.raises(ValueError, match="back.* links to a folder that it lies in; remove"):
+        open_source(str(tmp_path / "set"))
+    (tmp_path / "elsewhere/back").unlink()
+    (tmp_path / "elsewhere/back").symlink_to("back")
+    with pytest.raises(ValueError, match="back cannot be read .Too many levels"):
+        open_source(str(tmp_path / "set"))
+
+
+def _list_as_nobody(root: str) -> str:
+    if os.geteuid() == 0:  # whom no permission stops
+        os.seteuid(65534)
+    with pytest.raises(ValueError) as caught:
+        open_source(root)
+    return str(caught.value)
+
+
+def test_a_folder_without_permission_is_told() -> None:
+    with tempfile.TemporaryDirectory() as root:  # `tmp_path` lies in a folder of its user
+        locked = Path(root, "cat", "deeper")
+        locked.mkdir(parents=True)
+        (locked.parent / "a.png").write_bytes(b"")
+        os.chmod(root, 0o755)
+        locked.chmod(0)
+        (told,) = run_ranks(1, _list_as_nobody, root)
+        assert f"images: {locked} cannot be read (Permission denied); make it readable" in told
 
 
 def test_a_folder_of_tars_says_how_to_name_them(tmp_path: Path) -> None:
@@ -164,14 +210,16 @@ def tar_units(tar: Path, work: Path, names: tuple[str, ...] | None = None):
     [
         ([("a.json", b'{"label": 1}'), ("a.png", b""), ("a.cls", b"1")], "cls"),
         ([("a.png", b""), ("a.json", b'{"cls": 1}'), ("b.cls", b"1")], "json"),
-        ([("a.png", b""), ("a.json", b'{"text": "b"}'), ("b.cls", b"1")], "none"),
+        ([("a.png", b""), ("a.json", b'{"text": "b"}'), ("b.cls", b"1")], "cls"),
+        ([("a.png", b""), ("b.png", b""), ("b.json", b'{"cls": 1}'), ("c.cls", b"1")], "json"),
+        ([("a.png", b""), ("b.png", b"")], "none"),
         ([("./README", b""), (".a.cls", b""), ("d/a.png", b""), ("d/a.cls", b"1")], "cls"),
     ],
 )
-def test_the_first_sample_decides_how_a_set_is_labelled(
+def test_the_first_labelled_sample_decides_how_a_set_is_labelled(
     tmp_path: Path, members: list, kind: str
 ) -> None:
-    assert sources.label_kind(write_tar(tmp_path / "x.tar", members)) == kind
+    assert sources.label_kind(write_tar(tmp_path / "x.tar", members))[0] == kind
 
 
 def test_samples_of_a_tar_and_what_is_wrong_with_them(tmp_path: Path) -> None:
@@ -186,6 +234,10 @@ def test_samples_of_a_tar_and_what_is_wrong_with_them(tmp_path: Path) -> None:
         ("d/e.seg.png", b""),
         ("d/e.PNG", png()),
         ("d/e.cls", b"2"),
+        ("d/f.png", png()),
+        ("d/f.cls", b"1"),
+        ("d/f.png", png("blue")),
+        ("d/f.cls", b"2"),
     ]
     tar = write_tar(tmp_path / "x.tar", members)
     unit = tar_units(tar, tmp_path)[1].unit(0)
@@ -197,9 +249,14 @@ def test_samples_of_a_tar_and_what_is_wrong_with_them(tmp_path: Path) -> None:
         (
             "000000-0000003",
             f"{tar}/d/d",
-            "has no label (.cls, as the first sample of the set has)",
+            "has no label (.cls, as the first labelled sample of the set has)",
         ),
         ("000000-0000004", f"{tar}/d/e", ""),
+        (
+            "000000-0000005",
+            f"{tar}/d/f",
+            "has several members of one suffix: its name stands for more than one sample",
+        ),
     ]
     assert unit.num_skipped == 1
 
@@ -243,6 +300,18 @@ def test_class_names_need_labels_and_each_its_own_line(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("cat\n\ndog\n")
     with pytest.raises(ValueError, match="classes=.*empty lines"):
         labels.read_class_names(tmp_path / "names")
-    tar = write_tar(tmp_path / "x.tar", [("a.png", png()), ("a.json", json.dumps({}).encode())])
-    with pytest.raises(ValueError, match="classes: the first sample of .*x.tar has no label"):
-        tar_units(tar, tmp_path, ("cat",))
+    tar = write_tar(tmp_path / "x.tar", [("a.png", png()), ("b.png", png())])
+    with pytest.raises(ValueError, match="classes: no sample of .*x.tar has a label"):
+        tar_units(tar, tmp_path, ("cat", "dog"))
+
+
+def test_json_that_says_no_label_is_told_until_one_class_is_named(tmp_path: Path) -> None:
+    caption = b'{"caption": "a cat"}'
+    members = [("a.png", png()), ("a.json", caption), ("b.png", png()), ("b.json", caption)]
+    tar = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(ValueError, match="x.tar has a label .*label, cls, class.*one line"):
+        tar_units(tar, tmp_path)
+    source, units = tar_units(tar, tmp_path, ("cats",))
+    items = units.unit(0).items
+    assert [ItemReader(source).read(item)[1] for item in items] == [0, 0]
+    assert source.class_names == ("cats",)

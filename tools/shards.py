@@ -24,6 +24,7 @@ from typing import Any
 
 from dit_ds import adopt, remote
 from dit_ds.indexed import open_reader
+from dit_ds.labels import read_class_names
 from dit_ds.manifest import Folder, Manifest, Store, VaeInfo
 from dit_ds.split import VALIDATION, split
 from dit_ds.verify import verify
@@ -66,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         facts = command(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
     if args.json:
         print(json.dumps(facts))
     if facts.get("faults"):
@@ -113,7 +116,7 @@ def _show(args: argparse.Namespace) -> Facts:
 def _index(args: argparse.Namespace) -> Facts:
     names = None
     if args.classes:
-        names = Path(args.classes).read_text().splitlines()
+        names = read_class_names(args.classes)
     if args.vae:
         if args.image_size:
             raise ValueError(f"--image-size {args.image_size}: with --vae it follows from the data")
