@@ -236,7 +236,8 @@ def label_kind(tar: str | Path) -> tuple[LabelKind, bool]:
 
     Where none is, the second tells whether there are `json` that say no label.
     """
-    sample, found, has_json = "", set(), False
+    found: set[str] = set()
+    sample, has_json = "", False
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from dit_ds import latents
 from dit_ds.latents import LatentSpace
+from dit_ds.sources import IMAGE_SUFFIXES
 
 GOLDEN = Path(__file__).parent / "data" / "dit_tiny.npz"
 
