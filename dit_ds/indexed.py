@@ -111,12 +111,11 @@ class IndexedReader(Reader):
         assert info.index_sha256 is not None
         with self._store.open(name, info.index_sha256) as file:
             content = file.read()
-        if not self._checked:
-            found = hashlib.sha256(content).hexdigest()
-            if found != info.index_sha256:
-                raise self._error(
-                    f"its index {name} was altered: sha256 {found}, not {info.index_sha256}"
-                )
+        found = hashlib.sha256(content).hexdigest()
+        if found != info.index_sha256:
+            raise self._error(
+                f"its index {name} was altered: sha256 {found}, not {info.index_sha256}"
+            )
         try:
             place = arrays.places("npy", memoryview(content))[""]
         except ArrayError as error:

@@ -211,9 +211,7 @@ THEIRS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "wrong count": (
         lambda d: restamp(d, num_samples=4),
-        [
-            r"part-0.tar: its index part-0.tar.index.npy is <i8 of shape \(5, 3\), not <i8 of \(4, 3\)"
-        ],
+        [r"part-0.tar: its index part-0.tar.index.npy is <i8 of shape \(5, 3\), not .* \(4, 3\)"],
     ),
     "wrong label": (
         _foreign_label,
