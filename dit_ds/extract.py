@@ -242,7 +242,7 @@ class _Job:
         records.tidy(work, keep=True)
         if not (self.out / PREVIEW_NAME).exists():
             self._preview(self.units.unit(0))
-        done = records.finished(self.out)
+        done = records.finished(self.out, self.plan.sha256)
         for number in done:
             (work / f"tar-{number:06d}.tar").unlink(missing_ok=True)
         self.store.add("images", sum(record.num_images for record in done.values()))
@@ -255,7 +255,7 @@ class _Job:
         done: dict[int, Record] = {}
 
         def all_there() -> bool:
-            done.update(records.finished(self.out))
+            done.update(records.finished(self.out, self.plan.sha256))
             return self._stopped() or len(done) == self.units.num_units
 
         _wait_for(all_there, f"the records or shards of all units in {self.out}")
@@ -319,15 +319,16 @@ class _Job:
 
     def _count(self, batch: Batch) -> None:
         """Tell all ranks what was done; stop them when too many images are bad."""
-        images = self.store.add("images", batch.num_images)
-        self.store.add("work", batch.task.work)
+        self.store.add("images", batch.num_images)
+        work = self.store.add("work", batch.task.work)
+        images = self.store.add("images", 0)  # later: no rank's work counts without its images
         rejected = self.store.add("rejected", len(batch.rejected))
         source = self.plan.source
-        if isinstance(source, TarSource):  # nobody knows how many there are in all
-            enough = batch.task.last and rejected > self.max_rejected * images
+        if isinstance(source, TarSource):  # nobody knows how many there are; if all are like these
+            in_all = images * self.units.total_work / max(1, work)
         else:
-            enough = rejected > self.max_rejected * source.num_images
-        if enough:
+            in_all = source.num_images
+        if rejected > self.max_rejected * in_all:
             self.store.set("stop", "")
             raise _Stopped
 

@@ -235,6 +235,7 @@ class Writer:
 
     def __init__(self, plan: Plan, out: Path) -> None:
         self._listed, self._out = isinstance(plan.source, ListedSource), out
+        self._plan = plan.sha256
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
         self._record: Record | None = None
@@ -284,8 +285,8 @@ class Writer:
     def _add(
         self, batch: Batch, moments: torch.Tensor | None, ready: torch.cuda.Event | None
     ) -> None:
-        task, record = batch.task, self._record or Record(unit=batch.task.unit)
-        self._record = record
+        task = batch.task
+        record = self._record = self._record or Record(unit=task.unit, plan=self._plan)
         if self._number != task.shard:
             self._close()
         if moments is not None:

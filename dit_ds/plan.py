@@ -9,6 +9,7 @@ data set; copied into another folder, with `listing.jsonl` where there is one, i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -82,6 +83,11 @@ class Plan(pydantic.BaseModel):
             raise ValueError(
                 f"{path}: not a plan of this version; remove {out} to begin anew"
             ) from error
+
+    @property
+    def sha256(self) -> str:
+        """Of all that it says: the records of finished work carry it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def save(self, out: Path) -> None:
         """Write `plan.json`, atomically."""

@@ -67,6 +67,8 @@ class Record(pydantic.BaseModel):
     """What happened to the images of one unit, or, added up, of several."""
 
     unit: int
+    plan: str = ""
+    """The sha256 of the plan that it was made by."""
     num_images: int = 0
     """All that were looked at, rejected or not."""
     shards: list[ShardInfo] = []
@@ -134,13 +136,13 @@ class Extraction(pydantic.BaseModel):
         return float(np.sqrt(var)) * abs(self.manifest.scaling_factor)
 
 
-def finished(out: Path) -> dict[int, Record]:
-    """Records of the units that are done, by number: those whose shards have their size."""
+def finished(out: Path, plan: str) -> dict[int, Record]:
+    """Records of the units that are done, by number: by this plan, with shards of their size."""
     sizes = {path.name: path.stat().st_size for path in out.glob("latents-*.tar")}
     found = {}
     for path in sorted((out / "work").glob("unit-*.json")):
         record = Record.model_validate_json(path.read_bytes())
-        if all(sizes.get(shard.name) == shard.num_bytes for shard in record.shards):
+        if record.plan == plan and all(sizes.get(shard.name) == shard.num_bytes for shard in record.shards):
             found[record.unit] = record
     return dict(sorted(found.items()))
 

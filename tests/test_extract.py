@@ -317,6 +317,18 @@ def test_a_plan_is_kept_or_refused(tmp_path: Path, vae: str) -> None:
     assert make(images, vae, out, **options).manifest.num_samples == 20
 
 
+def test_a_plan_put_in_another_s_place_keeps_none_of_its_work(tmp_path: Path, vae: str) -> None:
+    images, whole, out = make_images(tmp_path / "images"), tmp_path / "whole", tmp_path / "out"
+    break_images(images, 20)
+    make(images, vae, whole, threads=1, batch_size=2, max_rejected=0.1)
+    with pytest.raises(ValueError, match="1 of the 21 images"):
+        make(images, vae, out, threads=1, max_rejected=0)
+    assert list(out.glob("work/unit-*"))
+    shutil.copy(whole / "plan.json", out)
+    done = make(images, vae, out, threads=1, batch_size=2, max_rejected=0.1)
+    assert done.num_encoded == 21 and data(out) == data(whole)
+
+
 # Bad images
 
 
@@ -462,6 +474,18 @@ def test_bad_samples_of_tars_are_judged_by_those_seen(tmp_path: Path, vae: str) 
         ("9", "has no image"),
         ("x-2.tar", "the tar is c"),
     ]
+
+
+def test_bad_images_early_do_not_stop_what_is_good_in_all(tmp_path: Path, vae: str) -> None:
+    good = [m for i in range(60) for m in ((f"{i:02d}.png", png()), (f"{i:02d}.cls", b"0"))]
+    write_tar(tmp_path / "x-0.tar", [*good[:18], ("9.png", b"no image"), ("9.cls", b"0")])
+    write_tar(tmp_path / "x-1.tar", good)
+    done = make(f"{tmp_path}/x-*.tar", vae, tmp_path / "out", max_rejected=0.05)
+    assert (done.manifest.num_samples, done.num_rejected) == (69, 1)
+    write_tar(tmp_path / "x-0.tar", [(name, content[:30]) for name, content in good])
+    with pytest.raises(ValueError, match="images so far cannot be used") as caught:
+        make(f"{tmp_path}/x-*.tar", vae, tmp_path / "stopped", max_rejected=0.05)
+    assert int(str(caught.value).split()[0]) < 30  # it is plain long before the first tar's end
 
 
 def test_what_was_changed_or_skipped_is_counted(tmp_path: Path, vae: str) -> None:
