@@ -18,11 +18,13 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import dit_ds
 from dit_ds import distributed, labels, latents, records, sources
 from dit_ds import plan as plans
 from dit_ds.files import atomic_path, lock
+from dit_ds.heartbeat import Heartbeat
 from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
 from dit_ds.pipeline import Batch, Batches, Writer, crop, tasks
 from dit_ds.plan import Asked, Plan
@@ -37,7 +39,6 @@ PREVIEW_NAME = "preview.png"
 _NUM_PREVIEWS = 8
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SHARING_SECONDS = 120
-_SILENT_SECONDS = 1800  # without an image from any rank, one of them is gone
 
 
 def extract(
@@ -206,11 +207,13 @@ class _Job:
         left = distributed.broadcast_json(left)
         images_before, encoding_began = self.store.add("images", 0), time.monotonic()
         rejected: list[tuple[str, str]] = []  # of this rank's unfinished unit
-        with distributed.agreed():
+        with Heartbeat(self.store) as heartbeat, distributed.agreed():
             try:
                 self._encode(left, rejected)
             except _Stopped:
                 pass
+            except dist.DistError:
+                heartbeat.end_without(0, "is gone")
             except Exception:
                 self.store.set("stop", "")
                 raise
@@ -335,19 +338,10 @@ class _Job:
     def _meet(self, progress: Progress) -> None:
         """Wait for the other ranks, however long their last units take."""
         self.store.add("finished", 1)
-        seen, since = -1, time.monotonic()
         while self.store.add("finished", 0) < distributed.world_size():
             if self._stopped():
                 raise _Stopped
             progress.show()
-            images, now = self.store.add("images", 0), time.monotonic()
-            if images != seen:
-                seen, since = images, now
-            elif now - since > _SILENT_SECONDS:
-                raise ValueError(
-                    f"no image came from the other ranks in {_SILENT_SECONDS} seconds; one of them "
-                    "is gone. Start again: what is finished is kept"
-                )
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _finish(self, total: Record) -> Manifest:

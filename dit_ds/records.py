@@ -142,7 +142,9 @@ def finished(out: Path, plan: str) -> dict[int, Record]:
     found = {}
     for path in sorted((out / "work").glob("unit-*.json")):
         record = Record.model_validate_json(path.read_bytes())
-        if record.plan == plan and all(sizes.get(shard.name) == shard.num_bytes for shard in record.shards):
+        if record.plan == plan and all(
+            sizes.get(shard.name) == shard.num_bytes for shard in record.shards
+        ):
             found[record.unit] = record
     return dict(sorted(found.items()))
 

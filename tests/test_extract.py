@@ -7,9 +7,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dit_ds import distributed, latents
+from dit_ds import distributed, heartbeat, latents
 from dit_ds.extract import extract
 from dit_ds.manifest import Folder, Manifest
 from dit_ds.plan import Plan, find_batch_size
@@ -254,6 +256,81 @@ def test_bytes_after_kills_are_those_of_the_undisturbed(
 def test_bytes_after_kills_in_remote_tars(tmp_path: Path, vae: str) -> None:
     pattern = make_tars(tmp_path / "tars", num=4, each=30)
     kill_and_resume(tmp_path, f"file://{pattern}", vae, 2, batch_size=2)
+
+
+def _extract_with_short_waits(images: str, vae: str, out: Path, options: dict) -> None:
+    heartbeat._BEAT_SECONDS, heartbeat._SILENT_SECONDS = 0.1, 2
+    _extract_on_a_rank(images, vae, out, options)
+
+
+def start_two(function: Callable[..., Any], *arguments: Any, log: Path) -> list[Any]:
+    """Two ranks that work; what each prints stands in `log` with its number."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        target_arguments = (environment, f"{log}{rank}", function, arguments)
+        ranks.append(_forkserver.Process(target=_logged, args=target_arguments))
+        ranks[-1].start()
+    return ranks
+
+
+def _logged(environment: dict, log: str, function: Callable[..., Any], arguments: tuple) -> None:
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 2)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        function(*arguments)
+
+
+def wait_for_units(out: Path, num: int, ranks: list[Any]) -> None:
+    """Until so many units are finished, and the ranks are in the midst of the next."""
+    while len(list(out.glob("work/unit-*.json"))) < num:
+        assert all(rank.is_alive() for rank in ranks)
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("lost", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (0, signal.SIGSTOP)]
+)
+def test_ranks_leave_when_one_is_gone(
+    tmp_path: Path, vae: str, lost: int, how: signal.Signals
+) -> None:
+    images, out = make_images(tmp_path / "images", each=50), tmp_path / "out"
+    ranks = start_two(_extract_with_short_waits, images, vae, out, {}, log=tmp_path / "log")
+    try:
+        wait_for_units(out, 3, ranks)
+        os.kill(ranks[lost].pid, how)
+        ranks[1 - lost].join(60)
+        assert ranks[1 - lost].exitcode == 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+    told = (tmp_path / f"log{1 - lost}").read_text()
+    what = "is gone" if (lost, how) == (0, signal.SIGKILL) else "has been silent for 2 seconds"
+    assert f"error: rank {lost} on {socket.gethostname()} {what}; see what ended it" in told
+    assert "Traceback" not in told
+
+
+def test_bytes_after_kills_of_ranks_one_by_one(tmp_path: Path, vae: str) -> None:
+    images, whole = str(make_images(tmp_path / "images", each=36)), tmp_path / "whole"
+    make(images, vae, whole, threads=1)
+    out = begin(whole, tmp_path / "out")
+    for kills, first in enumerate((1, 0)):
+        ranks = start_two(_extract_on_a_rank, images, vae, out, {}, log=tmp_path / "log")
+        wait_for_units(out, 5 * (kills + 1), ranks)
+        ranks[first].kill()
+        ranks[first].join()
+        ranks[1 - first].join(0.1)  # then the launcher sees it
+        ranks[1 - first].kill()
+        ranks[1 - first].join()
+        assert ranks[first].exitcode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+    assert run_ranks(3, _extract_on_a_rank, images, vae, out, {}) == ["done"] * 3
+    assert data(out) == data(whole)
 
 
 def test_a_second_process_is_refused(tmp_path: Path, vae: str) -> None:

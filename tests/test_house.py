@@ -41,8 +41,9 @@ HOUSE: dict[str, set[str]] = {
     "records": {"files", "manifest"},
     "pipeline": {"latents", "manifest", "parallel", "plan", "records", "shards", "units"},
     "progress": {"distributed"},
+    "heartbeat": {"distributed"},
     "extract": {"distributed", "files", "labels", "latents", "manifest", "sources", "units"}
-    | {"plan", "records", "pipeline", "progress"},
+    | {"plan", "records", "pipeline", "progress", "heartbeat"},
     "samplers": {"objectives", "draws"},
     "zero": set(),
     "archive": {"files"},
@@ -66,7 +67,7 @@ HOUSE["train"] = {
     *("objectives", "optim", "preview", "remote", "rundir", "samples", "validation", "zero"),
     "zero_config",
 }
-HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress"}
+HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress", "heartbeat"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}
