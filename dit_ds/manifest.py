@@ -85,6 +85,17 @@ class Manifest(_Frozen):
     """None for our own shards."""
     shards: tuple[ShardInfo, ...] = pydantic.Field(min_length=1)
 
+    @pydantic.model_validator(mode="after")
+    def _shards_fit_the_layout(self) -> Manifest:
+        for shard in self.shards:
+            if (shard.index_sha256 is None) != (self.layout is None):
+                raise ValueError(
+                    f"shard {shard.name} has no index_sha256, which a layout asks for"
+                    if self.layout
+                    else f"shard {shard.name} has an index_sha256, but the manifest no layout"
+                )
+        return self
+
     @property
     def num_classes(self) -> int:
         """Number of classes; labels are positions in `class_names`."""

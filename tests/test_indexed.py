@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 import webdataset
 
-from dit_ds import adopt
+from dit_ds import adopt, distributed
 from dit_ds.indexed import INDEX_SUFFIX, IndexedReader, index_bytes, open_reader
+from dit_ds.loader import Loader, Split
 from dit_ds.manifest import Folder, Manifest, ShardError, ShardInfo
 from tests.conftest import REPO, make_latents
 
@@ -153,9 +154,7 @@ def test_labels_may_be_names_and_may_lack_altogether(tmp_path: Path) -> None:
     plain.mkdir()
     tree = b'{"label": "cat"}'
     write_tar(named / "x.tar", [("a.npy", npy(latent(0))), ("a.json", tree)])
-    assert "label 'cat' in its json, which is no class; write a class number, or give" in refusal(
-        named
-    )
+    assert "label 'cat' in its json, which is no class; write a class number" in refusal(named)
     adopt.index(named, vae=VAE, image_size=48, values="latents", class_names=["dog", "cat"])
     assert [label for _, _, label in read(named)] == [1]
     assert Manifest.load(named).class_names == ("dog", "cat")
@@ -371,24 +370,87 @@ def test_reading_names_damage_to_tar_and_index(tmp_path: Path) -> None:
     index.unlink()
     assert "part-0.tar.index.npy: cannot be read" in error()
 
-    def indexed(table: np.ndarray) -> str:
+    def replaced(content: bytes) -> str:
         """With an index that has the right checksum all the same."""
-        index.write_bytes(index_bytes(table))
-        digest = hashlib.sha256(index.read_bytes()).hexdigest()
-        return error(info.model_copy(update={"index_sha256": digest}))
+        index.write_bytes(content)
+        return error(info.model_copy(update={"index_sha256": hashlib.sha256(content).hexdigest()}))
 
     good = open_reader(Folder(tmp_path), info, manifest)
     assert isinstance(good, IndexedReader)
     for row, column, value, message in (
         (1, 2, 3, "sample 00001 has the label 3, not one of 0-2"),
         (4, 1, len(whole) - 287, "points out of the shard"),
+        (4, 1, 2**63 - 10, "points out of the shard"),
         (0, 0, -512, "points out of the shard"),
         (2, 0, 4096 + 3000, "points out of the shard"),
     ):
         table = good.rows.copy()
         table[row, column] = value
-        assert message in indexed(table)
-    assert "is <i8 of shape (4, 3), not <i8 of (5, 3)" in indexed(good.rows[:4])
+        assert message in replaced(index_bytes(table))
+    assert "is <i8 of shape (4, 3), not <i8 of (5, 3)" in replaced(index_bytes(good.rows[:4]))
+    for content, message in (
+        (npy(good.rows.astype(np.float64)), "is <f8 of shape (5, 3), not <i8"),
+        (npy(np.array([_Bomb()], object)), "holds pickled Python objects"),
+        (npz(rows=good.rows), "is not a sound npy file"),
+        (b"", "is not a sound npy file"),
+        (rows[:-8], "has 112 bytes of values, not 120"),
+    ):
+        assert f"part-0.tar: its index {index.name} {message}" in replaced(content)
+
+
+def test_a_manifest_whose_shards_do_not_fit_its_layout_is_refused(tmp_path: Path) -> None:
+    foreign(tmp_path, counts=(2, 2))
+    path = tmp_path / "manifest.json"
+    whole = json.loads(path.read_text())
+    without: dict[str, Any] = json.loads(path.read_text())
+    del without["shards"][1]["index_sha256"]
+    del whole["layout"]
+    for changed, message in (
+        (without, "shard part-1.tar has no index_sha256, which a layout asks for"),
+        (whole, "shard part-0.tar has an index_sha256, but the manifest no layout"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"manifest.json: .*{message}"):
+            Manifest.load(tmp_path)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _swap(path: Path) -> None:
+    other = path.with_name(path.name.replace("part-1", "part-0"))
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def _blank(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [_flip, _cut, _swap, _blank, Path.unlink])
+@pytest.mark.parametrize("name", ["part-1.tar", "part-1.tar" + INDEX_SUFFIX])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_names_whatever_happens_to_shards_of_others(
+    tmp_path: Path, damage: Callable[[Path], None], name: str, workers: int
+) -> None:
+    manifest = foreign(tmp_path, counts=(7, 7, 7))
+    damage(tmp_path / name)
+    split = Split.of(global_batch=6, world_size=1, micro_batch=3)
+    how = {"lanes": 2, "window": 2, "seed": 3, "first_step": 0, "last_step": 3}
+    with (
+        pytest.raises(distributed.RankError, match=r"part-[01]\.tar.*: .*; copy it again"),
+        Loader(Folder(tmp_path), manifest, split, flip=0.0, workers=workers, **how) as loader,
+    ):
+        for _ in range(3):
+            loader.next()
 
 
 class _Copies(Folder):
