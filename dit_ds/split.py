@@ -25,7 +25,7 @@ from dit_ds.shards import ShardReader, ShardWriter
 
 VALIDATION = "validation"
 _STAGE, _TRAINING = "validation.tmp", "training"
-_SUPERSEDED = "superseded.txt"  # names in DIR that the new training manifest has no use for
+_WHOLE = "whole.json"  # the old manifest, by which is known what the new one has no use for
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS)
 
 
@@ -95,7 +95,7 @@ def _stage(directory: Path, whole: Manifest, num_wanted: int) -> None:
         shutil.rmtree(stage)
     (stage / _TRAINING).mkdir(parents=True)
     chosen = _choose(whole.shards, num_wanted)
-    training, validation, superseded = [], [], []
+    training, validation = [], []
     for shard in whole.shards:
         num = chosen.get(shard.name, 0)
         if num == 0:
@@ -110,9 +110,7 @@ def _stage(directory: Path, whole: Manifest, num_wanted: int) -> None:
             rest, part = _cut(directory, whole, shard, num)
             training.append(rest)
             validation.append(part)
-        # The tars of others are theirs; our index of one goes.
-        superseded.append(shard.name + INDEX_SUFFIX if shard.index_sha256 else shard.name)
-    files.write_atomically(stage / _TRAINING / _SUPERSEDED, "\n".join(superseded))
+    files.write_atomically(stage / _TRAINING / _WHOLE, whole.model_dump_json())
     whole.model_copy(update={"shards": tuple(validation)}).save(stage)
     whole.model_copy(update={"shards": tuple(training)}).save(stage / _TRAINING)
 
@@ -135,10 +133,8 @@ def _cut(
     stem = shard.name.removesuffix(".tar")
     rest = directory / _STAGE / _TRAINING / f"{stem}-train.tar"
     part = directory / _STAGE / f"{stem}-validation.tar"
-    if (directory / rest.name).exists():
-        raise ValueError(
-            f"{directory / rest.name} is in the way of a part of {shard.name}; move it away"
-        )
+    _check_free(directory / rest.name)
+    _check_free(directory / (rest.name + INDEX_SUFFIX))
     reader = open_reader(Folder(directory), shard, whole)
     rows = range(shard.num_samples)
     hashes = [hashlib.sha256(reader.key(row).encode()).digest() for row in rows]
@@ -148,6 +144,11 @@ def _cut(
         write(directory, whole, shard, rest, [row for row in rows if row not in taken]),
         write(directory, whole, shard, part, sorted(taken)),
     )
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is in the way of the new training set; move it away")
 
 
 def _write_shard(
@@ -191,17 +192,31 @@ def _link(source: Path, target: Path) -> None:
 def _finish(directory: Path) -> None:
     """Put what was staged for training into place, then remove the names that are left over."""
     staged = directory / VALIDATION / _TRAINING
-    last = (staged / MANIFEST_NAME, staged / _SUPERSEDED)
+    manifest, whole = staged / MANIFEST_NAME, staged / _WHOLE
     for path in staged.iterdir():
-        if path not in last:
+        if path not in (manifest, whole):
+            _check_free(directory / path.name)
             os.replace(path, directory / path.name)
     sync(directory)
-    if last[0].exists():
-        os.replace(last[0], directory / MANIFEST_NAME)
+    if manifest.exists():
+        os.replace(manifest, directory / MANIFEST_NAME)
         sync(directory)
-    if last[1].exists():
-        for name in last[1].read_text().splitlines():
-            (directory / name).unlink(missing_ok=True)
-        last[1].unlink()
+    if whole.exists():
+        _remove_superseded(directory, Manifest.parse(whole.read_bytes(), str(whole)))
+        whole.unlink()
     staged.rmdir()
     sync(directory)
+
+
+def _remove_superseded(directory: Path, whole: Manifest) -> None:
+    """Remove the shards that are left over, known by name and content: the set may be others'."""
+    kept = {shard.name for shard in Manifest.load(directory).shards}
+    for shard in whole.shards:
+        if shard.name in kept:
+            continue
+        name, sha256 = shard.name, shard.sha256
+        if shard.index_sha256:  # the tars of others are theirs; our index of one goes
+            name, sha256 = name + INDEX_SUFFIX, shard.index_sha256
+        path = directory / name
+        if path.is_file() and files.sha256(path) == sha256:
+            path.unlink()

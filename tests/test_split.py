@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -153,7 +154,9 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
         split(tmp_path, 0.1)
     (tmp_path / "validation").rmdir()
     (tmp_path / "shard-000000-train.tar").touch()
-    with pytest.raises(ValueError, match="-train.tar is in the way of a part of shard-000000.tar"):
+    with pytest.raises(
+        ValueError, match="shard-000000-train.tar is in the way of the new training set"
+    ):
         split(tmp_path, 0.1)
     (tmp_path / "shard-000000-train.tar").unlink()
     with lock_elsewhere(tmp_path / ".split.lock"), pytest.raises(ValueError, match="is in use by"):
@@ -198,6 +201,32 @@ def test_a_damaged_shard_is_not_cut(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard-000000.tar: its content was altered"):
         split(tmp_path, 0.3)
     assert path.read_bytes() == data and not (tmp_path / "validation").exists()
+
+
+def test_a_split_that_others_began_removes_its_own_shards_only(tmp_path: Path) -> None:
+    """Whoever made a downloaded set may have left what seems the rest of a killed split."""
+    precious = tmp_path / "precious.txt"
+    for number, name in enumerate(("../precious.txt", "notes.tar", "validation")):
+        folder = tmp_path / str(number)
+        whole = ours(folder, (5, 4, 6))
+        precious.write_text("precious")
+        (folder / "notes.tar").write_text("precious")
+        staged = folder / "validation" / "training"
+        staged.mkdir(parents=True)
+        (staged / "superseded.txt").write_text(name)
+        bad = whole.model_dump(mode="json")
+        bad["shards"][0]["name"] = name
+        (staged / "whole.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError):
+            split(folder, 0.4)
+        assert precious.read_text() == (folder / "notes.tar").read_text() == "precious"
+        assert {shard.name for shard in whole.shards} <= set(names(folder))
+    (staged / "whole.json").unlink(missing_ok=True)
+    staged.mkdir(exist_ok=True)
+    (staged / "notes.tar").touch()
+    with pytest.raises(ValueError, match="notes.tar is in the way of the new training set"):
+        split(folder, 0.4)
+    assert (folder / "notes.tar").read_text() == "precious"
 
 
 CALLS = ("replace", "link", "unlink", "rmdir", "mkdir", "fsync")
