@@ -137,7 +137,7 @@ def _cut(
     _check_free(directory / (rest.name + INDEX_SUFFIX))
     reader = open_reader(Folder(directory), shard, whole)
     rows = range(shard.num_samples)
-    hashes = [hashlib.sha256(reader.key(row).encode()).digest() for row in rows]
+    hashes = [hashlib.sha256(os.fsencode(reader.key(row))).digest() for row in rows]
     taken = set(sorted(rows, key=hashes.__getitem__)[:num])
     write = _write_index if isinstance(reader, IndexedReader) else _write_shard
     return (

@@ -61,7 +61,7 @@ def _check(job: tuple[Store, Manifest]) -> tuple[list[str], np.ndarray]:
         keys = [reader.key(row) for row in range(manifest.num_samples)]
     except ValueError as error:
         return [str(error)], np.empty(0, np.uint64)
-    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    digests = [hashlib.blake2b(os.fsencode(key), digest_size=8).digest() for key in keys]
     return [], np.frombuffer(b"".join(digests), np.uint64)
 
 

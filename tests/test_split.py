@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_ds import adopt
 from dit_ds.files import lock
 from dit_ds.indexed import INDEX_SUFFIX, open_reader
 from dit_ds.manifest import Folder, Manifest
 from dit_ds.split import split
 from dit_ds.verify import verify
 from tests.conftest import make_latents
-from tests.test_indexed import foreign
+from tests.test_indexed import VAE, foreign, latent, npy, write_tar
 
 Samples = dict[str, tuple[bytes, int]]
 
@@ -88,6 +89,16 @@ def _named(manifest: Manifest) -> list[str]:
     files = [shard.name for shard in manifest.shards]
     files += [shard.name + INDEX_SUFFIX for shard in manifest.shards if shard.index_sha256]
     return sorted([*files, "manifest.json"])
+
+
+def test_keys_that_are_no_unicode(tmp_path: Path) -> None:
+    files = [(f"caf\udce9-{i}.npy", npy(latent(i))) for i in range(4)]  # one byte, as of Latin-1
+    write_tar(tmp_path / "x.tar", files)
+    adopt.index(tmp_path, vae=VAE, image_size=48, values="latents")
+    before = samples(tmp_path)
+    split(tmp_path, 0.5)
+    assert samples(tmp_path) | samples(tmp_path / "validation") == before
+    assert verify(Folder(tmp_path), workers=1).faults == []
 
 
 def test_the_split_depends_on_the_data_alone(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -264,10 +266,13 @@ def test_index_verify_show_and_split_from_another_folder(tmp_path: Path, vae: Pa
     data.mkdir()
     write_tar(data / "x-0.tar", [*npy_and_cls(range(20)), ("00000.txt", b"hello")])
     write_tar(data / "x-1.tar", npy_and_cls(range(20, 30)))
-    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee\r\ncat\r\n")
+    (tmp_path / "twice.txt").write_text("ant\nbee\nant\n")
     by_hand = ["index", "data", "--scaling-factor", "0.3", "--image-size", "12"]
     asked = tool(tmp_path, *by_hand, expect=2)
     assert "give one: moments, latents" in asked and not (data / "manifest.json").exists()
+    twice = tool(tmp_path, *by_hand, "--classes", "twice.txt", expect=2)
+    assert "classes=twice.txt: names 'ant' twice" in twice
     made = facts(
         tmp_path,
         *("index", "data", "--vae", "vae", "--values", "scaled_latents", "--classes", "names.txt"),
@@ -293,6 +298,17 @@ def test_index_by_hand_and_its_warning(tmp_path: Path) -> None:
     assert "standard deviation 0.0971" in tool(tmp_path, *by_hand, "0.1")
     (tmp_path / "manifest.json").unlink()
     assert "WARNING" not in tool(tmp_path, *by_hand, "1")
+
+
+def test_ctrl_c_leaves_one_line(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", npy_and_cls(range(4)))
+    os.mkfifo(tmp_path / "names.txt")  # nobody writes it, so the tool waits until it is interrupted
+    command = [sys.executable, str(REPO / "tools" / "shards.py"), "index", ".", "--classes"]
+    process = subprocess.Popen([*command, "names.txt"], cwd=tmp_path, stderr=subprocess.PIPE)
+    with open(tmp_path / "names.txt", "wb"):  # opens when the tool does
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == b"interrupted\n"
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])

@@ -6,7 +6,7 @@
     python tools/shards.py split DIR --validation 0.01
 
 See `dit_ds.verify`, `dit_ds.adopt` and `dit_ds.split`. Exits with 1 if `verify` finds faults, with
-2 on mistakes.
+2 on mistakes, with 130 on Ctrl-C.
 """
 
 from __future__ import annotations
