@@ -226,7 +226,9 @@ def kill_and_resume(tmp_path: Path, images: str, vae: str, num_kills: int, **opt
         arguments = (images, vae, out, {**options, "workers": kills % 2})
         child = _forkserver.Process(target=_extract_in_a_child, args=arguments)
         child.start()
-        while child.is_alive() and not (out / "work" / "lock").exists():
+        last = kills == num_kills - 1 and not any(kept)  # must leave something to keep
+        wanted = "work/unit-*.json" if last else "work/lock"
+        while child.is_alive() and not list(out.glob(wanted)):
             time.sleep(0.001)
         child.join(generator.uniform(0, latest / num_kills))
         child.kill()
@@ -515,7 +517,7 @@ def test_labels_by_name(tmp_path: Path, vae: str) -> None:
     done = make(pattern, vae, tmp_path / "out", classes=tmp_path / "names")
     assert done.manifest.class_names == ("bird", "dog", "cat")
     assert [label for _, label in samples(tmp_path / "out")] == [2, 1, 2, 1, 2] * 2
-    with pytest.raises(ValueError, match="cannot be used.*\n.*text needs --classes"):
+    with pytest.raises(ValueError, match="cannot be used.*\n.*give the class names"):
         make(pattern, vae, tmp_path / "no-names")
     images = make_images(tmp_path / "images", each=2)
     with pytest.raises(ValueError, match="classes names the labels of tars"):
@@ -669,6 +671,21 @@ def test_the_batch_size_found_fits_the_shards(tmp_path: Path, vae: str) -> None:
 def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_the_tool_leaves_ctrl_c_with_one_line(tmp_path: Path, vae: str) -> None:
+    images, out = make_images(tmp_path / "images", each=200), tmp_path / "out"
+    command = [sys.executable, TOOL, "--images", images, "--vae", vae, "--image-size", "16"]
+    command += ["--out", out, "--samples-per-shard", "4", "--batch-size", "2"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None and not list(out.glob("work/unit-*.json")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its workers, too
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted; the same command goes on\n")
 
 
 def test_the_tool_from_any_folder(tmp_path: Path, vae: str) -> None:

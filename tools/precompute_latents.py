@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         distributed.exit_with(ValueError(str(error)))
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
+        parser.exit(130, "interrupted; the same command goes on\n")
     if distributed.is_main():
         _report(done, args.out, as_json=args.json)
     distributed.shutdown()
