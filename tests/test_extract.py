@@ -686,7 +686,7 @@ def test_the_tool_ends_with_a_line_on_ctrl_c(tmp_path: Path, vae: str) -> None:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its workers, too
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130
-    # A worker that was just handing over a batch may say, in a thread of Python's, that nobody came.
+    # A worker that was handing over a batch may say, in a thread of Python's, that nobody came.
     assert "interrupted; the same command goes on\n" in told and "KeyboardInterrupt" not in told
 
 
