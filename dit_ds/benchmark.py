@@ -118,6 +118,7 @@ def precompute(
             done = extract(
                 folder / "images", folder / "vae", image_size, out, batch_size=batch_size
             )
+            assert done is not None
             began = time.perf_counter()
             for _ in range(num_images // batch_size):
                 latents.encode(vae, pixels.astype(np.uint8))

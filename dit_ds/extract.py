@@ -9,12 +9,13 @@ size, so the bytes depend on the plan alone.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import dit_ds
 from dit_ds import distributed, labels, latents, records, sources
 from dit_ds import plan as plans
-from dit_ds.files import atomic_path, lock
+from dit_ds.files import atomic_path
 from dit_ds.heartbeat import Heartbeat
 from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
 from dit_ds.pipeline import Batch, Batches, Writer, crop, tasks
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 PREVIEW_NAME = "preview.png"
 _NUM_PREVIEWS = 8
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SHARING_SECONDS = 120
 
@@ -54,8 +56,10 @@ def extract(
     samples_per_shard: int | None = None,
     workers: int | None = None,
     max_rejected: float = 0.01,
-) -> Extraction:
+) -> Extraction | None:
     """Make the dataset `out` of `images`, or go on with it; a collective over all ranks.
+
+    Returns None if it is there already, made by the same plan.
 
     Args:
         images: folder of class folders, text file, or tars; see `sources.open_source`.
@@ -76,7 +80,7 @@ def extract(
         ValueError: a mistake in any of these, too many bad images, or a VAE that gives no finite
             values, told on every rank. No manifest is written then; finished units are kept.
     """
-    out = Path(out)
+    named, out = str(out), Path(out)  # a URL would lose a slash
     hosts = distributed.gather_json(socket.gethostname())
     ranks_here = hosts.count(socket.gethostname())
     held, threads_before = None, torch.get_num_threads()
@@ -91,7 +95,7 @@ def extract(
                     raise ValueError(f"{name}={value} is too small; choose {least[name]} or more")
             if not 0 <= max_rejected <= 1:
                 raise ValueError(f"max_rejected={max_rejected} is no share; choose from 0 to 1")
-            _refuse_finished(out)
+            plans.check_folders(str(images), str(vae), named)
             model = latents.load_vae(vae)
             latents.latent_shape(model, image_size)  # fails if they do not fit
             asked = Asked(
@@ -106,16 +110,21 @@ def extract(
             )
             planned = None
             if distributed.is_main():
-                begun = Plan.load(out) is not None
-                found = None if begun else sources.open_source(asked.images)
-                held = _hold(out)
-                if found is not None:
-                    records.tidy(out / "work", keep=False)
-                    plans.make(asked, found, model, out, ranks_here)
-                plan = Plan.load(out)
-                assert plan is not None
-                planned = plan.model_dump(mode="json")
+                begun = Plan.load(out)
+                if begun is not None:
+                    begun.refuse_others(asked, out)
+                if begun is None or not (out / MANIFEST_NAME).exists():
+                    found = sources.open_source(asked.images) if begun is None else None
+                    held = records.hold(out)
+                    if found is not None:
+                        records.tidy(out / "work", keep=False)
+                        plans.make(asked, found, model, out, ranks_here)
+                    plan = Plan.load(out)
+                    assert plan is not None
+                    planned = plan.model_dump(mode="json")
         planned = distributed.broadcast_json(planned)
+        if planned is None:
+            return None
         with distributed.agreed():
             plan = Plan.model_validate(planned)
             plan.refuse_others(asked, out)
@@ -131,11 +140,6 @@ def extract(
         torch.set_num_threads(threads_before)
         if held is not None:
             held.close()
-
-
-def _refuse_finished(out: Path) -> None:
-    if (out / MANIFEST_NAME).exists():
-        raise ValueError(f"out={out}: already holds a dataset; remove it or choose another")
 
 
 def _wait_for(seen: Callable[[], bool], what: str) -> None:
@@ -161,24 +165,6 @@ def _num_workers(workers: int | None, ranks_here: int) -> int:
     if distributed.device().type == "cpu":
         return 1  # enough for what a CPU encodes, and it needs the others for that
     return min(16, max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
-
-def _hold(out: Path) -> IO[bytes]:
-    """The folder, made if need be, for this process alone."""
-    try:
-        (out / "work").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"out={out}: the folder cannot be made ({error.strerror}); choose another"
-        ) from error
-    try:
-        held = lock(out / "work" / records.LOCK_NAME)
-    except ValueError as error:
-        raise ValueError(
-            f"out={out}: another extraction is at work there; wait for it or choose another folder"
-        ) from error
-    _refuse_finished(out)  # between the first look and the lock, it may have been
-    return held
 
 
 class _Stopped(Exception):
@@ -214,8 +200,13 @@ class _Job:
                 pass
             except dist.DistError:
                 heartbeat.end_without(0, "is gone")
-            except Exception:
+            except Exception as error:
                 self.store.set("stop", "")
+                if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                    raise ValueError(
+                        f"out={self.out}: cannot be written ({error.strerror}); make room, and "
+                        "start again: what is finished is kept"
+                    ) from error
                 raise
         encoding_seconds = time.monotonic() - encoding_began
         in_flight = distributed.gather_json(rejected)
@@ -224,8 +215,11 @@ class _Job:
             if distributed.is_main():
                 total = Record.total(self._finished().values())
                 total.rejected += [(name, why) for theirs in in_flight for name, why in theirs]
+                manifest = self._finish(total)
+                names = enumerate(manifest.class_names)
                 extraction = Extraction(
-                    manifest=self._finish(total),
+                    manifest=manifest,
+                    empty_classes=[name for i, name in names if not total.num_by_label[i]],
                     seconds=time.monotonic() - began,
                     encoding_seconds=encoding_seconds,
                     num_encoded=self.store.add("images", 0) - images_before,
@@ -251,6 +245,13 @@ class _Job:
         self.store.add("images", sum(record.num_images for record in done.values()))
         self.store.add("rejected", sum(len(record.rejected) for record in done.values()))
         self.store.add("work", sum(self.units.work(number) for number in done))
+        plan, world = self.plan, distributed.world_size()
+        kept = f"{len(done)} of {self.units.num_units} units are there already; " if done else ""
+        print(
+            f"{kept}{world} rank{'s' * (world > 1)} encode{'s' * (world == 1)} {plan.batch_size} "
+            f"images at a time in {plan.precision} on {plan.device}",
+            flush=True,
+        )
         return [number for number in range(self.units.num_units) if number not in done]
 
     def _finished(self) -> dict[int, Record]:
@@ -354,11 +355,12 @@ class _Job:
                 f"max_rejected={self.max_rejected:g} is the share that may be so; "
                 f"{self.out / records.REJECTED_NAME} names all:\n"
                 f"{records.summary(total.rejected)}\n"
-                "To do without them, start again with a higher max_rejected: what is finished is "
-                "kept. To repair them, do, remove the folder and begin anew."
+                "To do without them, start again with a higher --max-rejected: what is finished is "
+                f"kept. Or repair them, remove {self.out} and begin anew."
             )
         plan = self.plan
-        names = plan.source.class_names or [str(i) for i in range(total.largest_label + 1)]
+        num_labels = max(total.num_by_label) + 1
+        names = plan.source.class_names or [str(i) for i in range(num_labels)]
         space = latents.LatentSpace.from_vae(self.model)
         manifest = Manifest(
             created_by=f"dit_ds {dit_ds.__version__}",

@@ -145,9 +145,13 @@ def load_vae(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = "in this folder" if is_folder else "here as a folder, nor on the hub by this id"
+        cause: BaseException = error
+        while below := cause.__cause__ or cause.__context__:
+            cause = below
+        root = f" (at the root of it: {cause})" if not is_folder and cause is not error else ""
         raise ValueError(
             f"vae={path_or_id}: no AutoencoderKL with safetensors weights can be loaded {where}: "
-            f"{error}"
+            f"{error}{root}"
         ) from error
     if report["missing_keys"]:
         raise ValueError(
@@ -175,6 +179,8 @@ def vae_factor(vae: AutoencoderKL) -> int:
 def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
     """(C, h, w) of the latents of square images; ValueError where the sizes do not fit."""
     factor = vae_factor(vae)
+    if image_size < 1:
+        raise ValueError(f"image_size={image_size} is not positive; choose a multiple of {factor}")
     if image_size < factor or image_size % factor:
         raise ValueError(
             f"image_size={image_size} is not a multiple of the VAE's factor {factor}; choose "

@@ -149,8 +149,8 @@ class Manifest(_Frozen):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the file"
             raise ValueError(
-                f"{where}: not a manifest of this version: {place}: {first['msg']}; make the "
-                "dataset again with tools/precompute_latents.py"
+                f"{where}: not a manifest of this version: {place}: {first['msg']}; restore it "
+                "from a copy, or make the dataset again with tools/precompute_latents.py"
             ) from error
 
     @classmethod
@@ -160,10 +160,12 @@ class Manifest(_Frozen):
         try:
             return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
-            raise ValueError(
-                f"{path}: cannot be read ({error.strerror}); make the dataset with "
-                f"tools/precompute_latents.py --out {directory}"
-            ) from error
+            remedy = f"make the dataset with tools/precompute_latents.py --out {directory}"
+            if not Path(directory).is_dir():
+                remedy = "there is no such folder; correct the path, or " + remedy
+            elif (Path(directory) / "plan.json").exists():
+                remedy = "the extraction is not finished; run the same command again"
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
     def save(self, directory: str | Path) -> None:
         """Write `manifest.json`, atomically, when all shards lie there."""

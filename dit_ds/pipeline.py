@@ -300,7 +300,7 @@ class Writer:
             assert self._shard is not None
             for (key, _, label), value in zip(batch.crops, values, strict=True):
                 self._shard.add(key, value, label)
-                record.largest_label = max(record.largest_label, label)
+                record.num_by_label[label] += 1
         record.num_images += batch.num_images
         record.rejected += batch.rejected
         record.num_skipped += task.num_skipped

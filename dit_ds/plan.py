@@ -35,7 +35,8 @@ PLAN_NAME, LISTING_NAME = "plan.json", "listing.jsonl"
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_BATCH = 64
-_GAIN = 1.05  # what a batch of twice the size must bring
+_GOOD = 0.95  # of the best rate; more is not worth the memory
+_LONG_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,22 @@ def make(
     return plan
 
 
+def check_folders(images: str, vae: str, out: str) -> None:
+    """Raise a ValueError for empty names, and for an `out` at a URL or among the images."""
+    for name, value in {"images": images, "vae": vae, "out": out}.items():
+        if not value.strip():
+            raise ValueError(f"{name} is empty; is a variable of your script not set?")
+    if remote.is_url(out):
+        raise ValueError(f"out={out}: is a URL; give a folder, and upload it when it is finished")
+    if os.path.isdir(images):
+        root, target = os.path.realpath(images), os.path.realpath(out)
+        if os.path.commonpath([root, target]) == root:
+            raise ValueError(
+                f"out={out}: lies in images={images}, of which it would become a part; choose a "
+                "folder beside it"
+            )
+
+
 def absolute(images: str) -> str:
     """The same place from any folder."""
     return images if remote.is_url(images) else os.path.abspath(images)
@@ -195,15 +212,16 @@ def default_threads(ranks_on_host: int) -> int:
 
 
 def find_batch_size(vae: AutoencoderKL, image_size: int, most: int) -> int:
-    """The smallest of 1, 2, 4, ... 64 whose double encodes less than 5 % more images a second.
+    """The smallest of 1, 2, 4, ... 64 that encodes within 5 % as many images a second as the best.
 
-    It stays within `most` and the device's memory.
+    It stays within `most` and the device's memory, and tries none of which the one before took
+    seconds: what such a batch gains is little.
     """
-    best, best_rate = 1, 0.0
+    rates: dict[int, float] = {}
     size = 1
     while size <= min(_LARGEST_BATCH, most):
         try:
-            rate = size / _seconds(vae, image_size, size)
+            seconds = _seconds(vae, image_size, size)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise ValueError(
@@ -212,11 +230,11 @@ def find_batch_size(vae: AutoencoderKL, image_size: int, most: int) -> int:
                 ) from None
             torch.cuda.empty_cache()
             break
-        if rate < _GAIN * best_rate:
+        rates[size] = size / seconds
+        if seconds > _LONG_SECONDS:
             break
-        best, best_rate = size, rate
         size *= 2
-    return best
+    return min(size for size, rate in rates.items() if rate >= _GOOD * max(rates.values()))
 
 
 def _seconds(vae: AutoencoderKL, image_size: int, batch_size: int) -> float:

@@ -12,12 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pydantic
 
-from dit_ds.files import atomic_file, write_atomically
-from dit_ds.manifest import Manifest, ShardInfo, Statistics
+from dit_ds.files import atomic_file, lock, write_atomically
+from dit_ds.manifest import MANIFEST_NAME, Manifest, ShardInfo, Statistics
 
 REJECTED_NAME, LOCK_NAME = "rejected.jsonl", "lock"
 _OUR_SHARD = re.compile(r"latents-\d{6,}(-\d{4,})?\.tar(\.tmp)?")
@@ -78,7 +79,7 @@ class Record(pydantic.BaseModel):
     num_enlarged: int = 0
     num_animated: int = 0
     num_converted: Counter[str] = pydantic.Field(default_factory=Counter)
-    largest_label: int = -1
+    num_by_label: Counter[int] = pydantic.Field(default_factory=Counter)
     sums: Sums = pydantic.Field(default_factory=Sums)
 
     def save(self, work: Path) -> None:
@@ -97,7 +98,7 @@ class Record(pydantic.BaseModel):
             total.num_enlarged += record.num_enlarged
             total.num_animated += record.num_animated
             total.num_converted += record.num_converted
-            total.largest_label = max(total.largest_label, record.largest_label)
+            total.num_by_label += record.num_by_label
             if record.sums.num:
                 total.sums.merge(record.sums)
         return total
@@ -121,6 +122,8 @@ class Extraction(pydantic.BaseModel):
     """Images with more frames than the first, which was taken."""
     num_converted: dict[str, int]
     """Images stored in another colour mode than RGB, by Pillow's name for the mode."""
+    empty_classes: list[str]
+    """Names of the classes without a sample."""
     num_rejected: int
     """Images that could not be used; `rejected.jsonl` has them with the reasons."""
     rejected: str
@@ -136,12 +139,38 @@ class Extraction(pydantic.BaseModel):
         return float(np.sqrt(var)) * abs(self.manifest.scaling_factor)
 
 
+def hold(out: Path) -> IO[bytes]:
+    """The folder, made if need be, for this process alone."""
+    try:
+        (out / "work").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"out={out}: the folder cannot be made ({error.strerror}); choose another"
+        ) from error
+    try:
+        held = lock(out / "work" / LOCK_NAME)
+    except OSError as error:
+        raise ValueError(
+            f"out={out}: cannot be written ({error.strerror}); make it writable or choose another"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"out={out}: another extraction is at work there; wait for it or choose another folder"
+        ) from error
+    if (out / MANIFEST_NAME).exists():
+        raise ValueError(f"out={out}: already holds a dataset; remove it or choose another")
+    return held
+
+
 def finished(out: Path, plan: str) -> dict[int, Record]:
     """Records of the units that are done, by number: by this plan, with shards of their size."""
     sizes = {path.name: path.stat().st_size for path in out.glob("latents-*.tar")}
     found = {}
     for path in sorted((out / "work").glob("unit-*.json")):
-        record = Record.model_validate_json(path.read_bytes())
+        try:
+            record = Record.model_validate_json(path.read_bytes())
+        except pydantic.ValidationError:
+            continue  # damaged, or of another version: the unit is made again
         if record.plan == plan and all(
             sizes.get(shard.name) == shard.num_bytes for shard in record.shards
         ):

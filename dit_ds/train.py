@@ -182,6 +182,10 @@ def train(
                 try:
                     values = validation.losses(engine, loss_of)
                     monitor.add_scalars(values, step=state.step, images_seen=state.images_seen)
+                    told = (
+                        f"{values['validation/loss']:.4f}, EMA {values['validation_ema/loss']:.4f}"
+                    )
+                    monitor.say(f"validation at step {state.step}: loss {told}")
                 except distributed.RankError as e:
                     monitor.say(f"WARNING: {e}; training goes on without this evaluation")
             monitor.pause(time.perf_counter() - began)

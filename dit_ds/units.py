@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,7 +188,8 @@ class ListedUnits:
         if not any(os.path.exists(path) for path in first):
             raise ValueError(
                 f"images: none of the first {len(first)} is there on this host (first: "
-                f"{first[0]}); mount their folder at the same place on all hosts, or correct paths"
+                f"{first[0]}); mount their folder at the same place on all hosts, or correct the "
+                "paths (in a list, a TAB stands between path and class)"
             )
 
 
@@ -323,6 +325,8 @@ class ItemReader:
 def _read(place: str | Extent) -> bytes:
     path, offset, size = (place, 0, -1) if isinstance(place, str) else place
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would keep us waiting for ever
+            raise Rejection("not a regular file")
         with open(path, "rb") as file:
             file.seek(offset)
             content = file.read(size)

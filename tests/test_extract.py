@@ -75,7 +75,9 @@ SMALL = {"batch_size": 3, "samples_per_shard": 4, "workers": 0}
 
 
 def make(images: Path | str, vae: str, out: Path, **options) -> Extraction:
-    return extract(images, vae, 16, out, **{**SMALL, **options})
+    done = extract(images, vae, 16, out, **{**SMALL, **options})
+    assert done is not None, "was there already"
+    return done
 
 
 def break_images(root: Path, *places: int) -> list[str]:
@@ -220,7 +222,8 @@ def kill_and_resume(tmp_path: Path, images: str, vae: str, num_kills: int, **opt
     make(images, vae, whole, threads=1, **options)
     out = begin(whole, tmp_path / "out")
     generator = random.Random(0)
-    kept, latest = [], 1.5 * (time.monotonic() - began)
+    kept: list[int] = []
+    latest = 1.5 * (time.monotonic() - began)
     kills = 0
     while kills < num_kills:
         arguments = (images, vae, out, {**options, "workers": kills % 2})
@@ -364,7 +367,7 @@ def test_a_plan_is_kept_or_refused(tmp_path: Path, vae: str) -> None:
         ("threads", 2): "threads=2, but .*threads=1",
         ("precision", "bf16"): "precision=bf16, but .*=fp32",
         ("classes", tmp_path / "names"): "classes=",
-        ("images", tmp_path): "images=.*, but .*images",
+        ("images", images / "class 0"): "images=.*class 0, but .*images",
         ("vae", other): "vae=weights .*, but .* was begun with vae=weights",
     }.items():
         arguments: dict[str, Any] = {"images": images, "vae": vae, "out": out, "max_rejected": 1.0}
@@ -421,7 +424,7 @@ def test_too_many_bad_images_stop_and_a_higher_limit_goes_on(tmp_path: Path, vae
     told = str(caught.value)
     # What was looked at when the third was found: the batches are of 3 and 1.
     assert told.startswith("3 of the 19 images so far cannot be used, and max_rejected=0.0555556")
-    assert f"1 as {bad[1]}: cannot be read: No such file" in told and "a higher max_reje" in told
+    assert f"1 as {bad[1]}: cannot be read: No such file" in told and "a higher --max-rej" in told
     assert [entry["image"] for entry in rejected(out)] == bad[:3]
     assert not (out / "manifest.json").exists()
     before = {path: path.stat().st_mtime_ns for path in out.glob("latents-*.tar")}
@@ -643,9 +646,66 @@ def test_an_existing_dataset_is_kept_and_leftovers_are_replaced(tmp_path: Path, 
     others = ["listing.jsonl", "manifest.json", "notes.txt", "plan.json", "preview.png"]
     assert sorted(before) == shards + others
     assert list(contents(out / "work")) == ["notes.txt"]
-    with pytest.raises(ValueError, match="already holds a dataset; remove it or choose another"):
-        make(images, vae, out)
+    # Again, it is finished; with other settings it is another data set.
+    assert extract(images, vae, 16, out) is None
+    with pytest.raises(ValueError, match="batch_size=2, but .* was begun with batch_size=3"):
+        extract(images, vae, 16, out, batch_size=2)
     assert contents(out) == before
+    (out / "plan.json").unlink()  # a data set of somebody else
+    with pytest.raises(ValueError, match="already holds a dataset; remove it or choose another"):
+        extract(images, vae, 16, out)
+
+
+def test_what_cannot_be_meant_is_refused_before_any_work(tmp_path: Path, vae: str) -> None:
+    images = make_images(tmp_path / "images", classes=1)
+    for where, told in (
+        ("s3://bucket/latents", "is a URL; give a folder, and upload it"),
+        (str(images / "latents"), "lies in images=.*choose a folder beside it"),
+        (" ", "out is empty"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            extract(images, vae, 16, where)
+    with pytest.raises(ValueError, match="images is empty"):
+        extract("", vae, 16, tmp_path / "out")
+    with pytest.raises(ValueError, match="image_size=-16 is not positive; choose a multiple of 2"):
+        extract(images, vae, -16, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert not (images / "latents").exists()
+
+
+def test_a_pipe_among_the_images_is_rejected(tmp_path: Path, vae: str) -> None:
+    images = make_images(tmp_path / "images", classes=1)
+    os.mkfifo(images / "class 0" / "pipe.png")
+    done = make(images, vae, tmp_path / "out", max_rejected=0.5)
+    assert done.num_rejected == 1 and "pipe.png: cannot be read: not a regular" in done.rejected
+
+
+def test_classes_without_an_image_are_told(tmp_path: Path, vae: str) -> None:
+    images = make_images(tmp_path / "images", classes=2)
+    for path in (images / "class 1").rglob("*.*"):
+        path.write_bytes(b"")
+    done = make(images, vae, tmp_path / "out", max_rejected=0.9)
+    assert done.empty_classes == ["class 1"]
+
+
+def test_a_damaged_record_has_its_unit_made_again(tmp_path: Path, vae: str) -> None:
+    images = make_images(tmp_path / "images")
+    make(images, vae, tmp_path / "whole")
+    out = begin(tmp_path / "whole", tmp_path / "out")
+    last = Path(list_class_folders(images).paths[-1])
+    broken = images / last
+    good = broken.read_bytes()
+    broken.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be used"):
+        make(images, vae, out)
+    records = sorted((out / "work").glob("unit-*.json"))
+    assert len(records) > 2
+    records[0].write_bytes(records[0].read_bytes()[:10])
+    broken.write_bytes(good)
+    for path in records[-1:]:  # that of the broken image
+        path.unlink()
+    make(images, vae, out)
+    assert data(out) == data(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("precision", "epsilon"), [("bf16", 2**-7), ("fp16", 2**-9)])
@@ -675,7 +735,16 @@ def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool_ends_with_a_line_on_ctrl_c(tmp_path: Path, vae: str) -> None:
     images, out = make_images(tmp_path / "images", each=200), tmp_path / "out"
-    command = [sys.executable, TOOL, "--images", images, "--vae", vae, "--image-size", "16"]
+    command: list[str | Path] = [
+        sys.executable,
+        TOOL,
+        "--images",
+        images,
+        "--vae",
+        vae,
+        "--image-size",
+        "16",
+    ]
     command += ["--out", out, "--samples-per-shard", "4", "--batch-size", "2"]
     pipe = subprocess.PIPE
     with subprocess.Popen(

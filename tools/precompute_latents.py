@@ -18,6 +18,7 @@ import sys
 
 from dit_ds import distributed
 from dit_ds.extract import extract
+from dit_ds.manifest import Manifest
 from dit_ds.records import Extraction
 
 
@@ -72,8 +73,19 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; the same command goes on\n")
     if distributed.is_main():
-        _report(done, args.out, as_json=args.json)
+        if done is None:
+            _report_finished(args.out, as_json=args.json)
+        else:
+            _report(done, args.out, as_json=args.json)
     distributed.shutdown()
+
+
+def _report_finished(out: str, *, as_json: bool) -> None:
+    manifest = Manifest.load(out)
+    print(f"{out}: is finished already, {manifest.num_samples} images; nothing was done")
+    if as_json:
+        facts = {"num_samples": manifest.num_samples, "fingerprint": manifest.fingerprint}
+        print(json.dumps({"out": out, **facts}))
 
 
 def _report(done: Extraction, out: str, *, as_json: bool) -> None:
@@ -97,6 +109,12 @@ def _report(done: Extraction, out: str, *, as_json: bool) -> None:
     if done.num_rejected:
         print(f"{done.num_rejected} images were rejected, see {out}/rejected.jsonl:")
         print(done.rejected)
+    if done.empty_classes:
+        names, more = done.empty_classes[:5], ", ..." if len(done.empty_classes) > 5 else ""
+        print(
+            f"warning: {len(done.empty_classes)} of {manifest.num_classes} classes have no image: "
+            f"{', '.join(names)}{more}"
+        )
     statistics = manifest.statistics
     assert statistics is not None
     for name, values in (("mean", statistics.mean), ("std", statistics.std)):
@@ -120,6 +138,7 @@ def _report(done: Extraction, out: str, *, as_json: bool) -> None:
             "num_animated": done.num_animated,
             "num_skipped": done.num_skipped,
             "num_rejected": done.num_rejected,
+            "num_empty_classes": len(done.empty_classes),
             "statistics": statistics.model_dump(),
             "scaled_std": round(done.scaled_std, 6),
             "seconds": round(done.seconds, 3),
