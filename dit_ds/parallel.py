@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -16,13 +17,16 @@ from tqdm import tqdm
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 def begin_worker(worker: int = 0) -> None:
-    """Call first in a `DataLoader` worker: it leaves signals to its rank, which ends it.
+    """Call first in a `DataLoader` worker: it leaves signals to its rank, and ends with it.
 
-    `DataLoader` itself sees to one thread.
+    `DataLoader` itself sees to one thread, and ends workers that wait; the kernel ends one that is
+    stuck, in a read from a server that is gone.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     gc.freeze()  # what the rank had is the rank's to finalize, and need not be searched

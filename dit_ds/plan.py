@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -101,6 +102,7 @@ class Plan(pydantic.BaseModel):
             if isinstance(value, VaeInfo):  # known by its weights, wherever they lie
                 value, planned = f"weights {value.sha256[:12]}", f"weights {self.vae.sha256[:12]}"
             if value is not None and value != planned:
+                value, planned = (textwrap.shorten(str(v), 200) for v in (value, planned))
                 raise ValueError(
                     f"{field.name}={value}, but {out} was begun with {field.name}={planned}; go on "
                     "with that, or remove the folder to begin anew"

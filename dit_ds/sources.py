@@ -173,6 +173,12 @@ def read_list(file: str | Path) -> Listing:
             found.append((fields[0], fields[-1]))
     if not found:
         raise ValueError(f"images={file}: names no images; write a line `path<TAB>class` for each")
+    first: dict[str, str] = {}
+    for path, name in found:
+        if first.setdefault(path, name) != name:
+            raise ValueError(
+                f"images={file}: {path} is of class {first[path]} and of class {name}; keep one"
+            )
     root = Path(file).absolute().parent
     if not labelled:
         return _shuffled(root, UNLABELLED, [(path, 0) for path, _ in found], num_skipped=0)
@@ -231,7 +237,7 @@ def size_of(name: str) -> int:
     return size
 
 
-def label_kind(tar: str | Path) -> tuple[LabelKind, bool]:
+def label_kind(tar: str | Path, name: str) -> tuple[LabelKind, bool]:
     """What labels the images of a set, decided by the first labelled sample of its first tar.
 
     Where none is, the second tells whether there are `json` that say no label.
@@ -253,7 +259,7 @@ def label_kind(tar: str | Path) -> tuple[LabelKind, bool]:
                     found.add(suffix)
     except (OSError, tarfile.TarError) as error:
         if isinstance(error, OSError) or not sample:  # the good part of a damaged tar will do
-            raise ValueError(f"images: {tar} cannot be read as a tar: {error}") from error
+            raise ValueError(f"images: {name} cannot be read as a tar: {error}") from error
     if not sample:
-        raise ValueError(f"images: {tar}, the first tar, is empty; leave it out")
+        raise ValueError(f"images: {name}, the first tar, is empty; leave it out")
     return "cls" if "cls" in found else "json" if "json" in found else "none", has_json

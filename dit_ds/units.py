@@ -122,7 +122,7 @@ class TarSource(_Frozen):
             ValueError: there are no labels, and it is not plain that none are meant to be.
         """
         first, keys = tars.names[0], ", ".join(labels.LABEL_KEYS)
-        label, has_json = sources.label_kind(_local(work, 0, first, tars.num_bytes[0]))
+        label, has_json = sources.label_kind(_local(work, 0, first, tars.num_bytes[0]), first)
         if label == "none":
             if class_names is None and has_json:
                 raise ValueError(

@@ -219,7 +219,7 @@ def tar_units(tar: Path, work: Path, names: tuple[str, ...] | None = None):
 def test_the_first_labelled_sample_decides_how_a_set_is_labelled(
     tmp_path: Path, members: list, kind: str
 ) -> None:
-    assert sources.label_kind(write_tar(tmp_path / "x.tar", members))[0] == kind
+    assert sources.label_kind(write_tar(tmp_path / "x.tar", members), "x")[0] == kind
 
 
 def test_samples_of_a_tar_and_what_is_wrong_with_them(tmp_path: Path) -> None:
@@ -315,3 +315,12 @@ def test_json_that_says_no_label_is_told_until_one_class_is_named(tmp_path: Path
     items = units.unit(0).items
     assert [ItemReader(source).read(item)[1] for item in items] == [0, 0]
     assert source.class_names == ("cats",)
+
+
+def test_an_image_of_two_classes_is_told(tmp_path: Path) -> None:
+    listing = tmp_path / "list.txt"
+    listing.write_text("a.png\tcat\nb.png\tdog\na.png\tdog\n")
+    with pytest.raises(ValueError, match="a.png is of class cat and of class dog; keep one"):
+        sources.read_list(listing)
+    listing.write_text("a.png\tcat\na.png\tcat\n")  # twice as often: one may want that
+    assert sources.read_list(listing).paths == ("a.png", "a.png")

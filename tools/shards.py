@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     cut.add_argument("--validation", type=float, required=True, metavar="SHARE", help="as 0.01")
 
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us in silence, as it does others
     command = {"verify": _verify, "show": _show, "index": _index, "split": _split}[args.command]
     try:
         facts = command(args)
@@ -73,6 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(facts))
     if facts.get("faults"):
         parser.exit(1)
+
+
+def _named(vae: str) -> str:
+    """A folder is named so that it is found from anywhere."""
+    return str(Path(vae).resolve()) if Path(vae).is_dir() else vae
 
 
 @contextmanager
@@ -130,7 +137,7 @@ def _index(args: argparse.Namespace) -> Facts:
             space.scaling_factor if args.scaling_factor is None else args.scaling_factor,
             space.shift_factor if args.shift_factor is None else args.shift_factor,
             model.config.latent_channels,
-            VaeInfo(name=args.vae, sha256=latents.vae_hash(model)),
+            VaeInfo(name=_named(args.vae), sha256=latents.vae_hash(model)),
         )
     elif args.scaling_factor is None or args.image_size is None:
         raise ValueError(
