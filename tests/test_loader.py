@@ -337,13 +337,12 @@ def test_a_host_reads_its_share_of_the_shards(hosts: int) -> None:
 
 
 _A_BILLION = """
-import json, resource, sys
+import json, os, resource, sys
 from dit_ds import loader  # what a rank has imported anyway
 from dit_ds.manifest import Manifest
-from dit_ds.order import VERSION, Order
-from dit_ds.samples import MicroBatch, Samples
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
+from dit_ds.order import Order
+# What is resident now: the most that ever was may be the imports', and would hide ours.
+before = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
 manifest = Manifest.load(sys.argv[1])
 sizes = [s.num_samples for s in manifest.shards]
 order = Order(sizes, global_batch=256, lanes=64, window=16, seed=0)
@@ -351,7 +350,8 @@ manifest.fingerprint
 seen = set()
 for step in range(2 * manifest.num_samples // 256, 2 * manifest.num_samples // 256 + 300):
     seen |= set(order.batch(step)[1].tolist())
-print(json.dumps([manifest.num_samples, len(seen), (peak() - before) / 1024]))
+most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([manifest.num_samples, len(seen), (most - before) / 2**20]))
 """
 
 
@@ -366,7 +366,7 @@ def test_a_billion_samples_take_little_memory(tmp_path: Path) -> None:
     num_samples, num_seen, mebibytes = json.loads(done.stdout)
     # Steps that straddle an epoch may repeat a few samples of the one before.
     assert num_samples == 10**9 and num_seen >= 300 * 256 - 256
-    assert mebibytes < 200
+    assert 50 < mebibytes < 200
 
 
 def test_an_order_that_changes_is_another_version() -> None:
