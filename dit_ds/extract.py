@@ -26,7 +26,7 @@ from dit_ds import distributed, labels, latents, records, sources
 from dit_ds import plan as plans
 from dit_ds.files import atomic_path
 from dit_ds.heartbeat import Heartbeat
-from dit_ds.manifest import MANIFEST_NAME, Manifest, VaeInfo, check_files
+from dit_ds.manifest import MANIFEST_NAME, Manifest, ShardError, VaeInfo, check_files
 from dit_ds.pipeline import Batch, Batches, Writer, crop, tasks
 from dit_ds.plan import Asked, Plan
 from dit_ds.progress import Progress
@@ -113,6 +113,7 @@ def extract(
                 begun = Plan.load(out)
                 if begun is not None:
                     begun.refuse_others(asked, out)
+                    _check_finished(out)
                 if begun is None or not (out / MANIFEST_NAME).exists():
                     found = sources.open_source(asked.images) if begun is None else None
                     held = records.hold(out)
@@ -140,6 +141,18 @@ def extract(
         torch.set_num_threads(threads_before)
         if held is not None:
             held.close()
+
+
+def _check_finished(out: Path) -> None:
+    """Raise a ValueError if the folder holds a manifest, and not all of its shards."""
+    if (out / MANIFEST_NAME).exists():
+        try:
+            check_files(out, Manifest.load(out))
+        except ShardError as error:
+            raise ValueError(
+                f"{error}. To make it again by its plan, remove {out / MANIFEST_NAME} and run the "
+                "same command"
+            ) from error
 
 
 def _wait_for(seen: Callable[[], bool], what: str) -> None:

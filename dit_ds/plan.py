@@ -166,9 +166,13 @@ def check_folders(images: str, vae: str, out: str) -> None:
             raise ValueError(f"{name} is empty; is a variable of your script not set?")
     if remote.is_url(out):
         raise ValueError(f"out={out}: is a URL; give a folder, and upload it when it is finished")
+    images = absolute(images)
     if os.path.isdir(images):
-        root, target = os.path.realpath(images), os.path.realpath(out)
-        if os.path.commonpath([root, target]) == root:
+        with os.scandir(images) as entries:  # class folders may be links
+            folders = [images, *(entry.path for entry in entries if entry.is_dir())]
+        roots = {os.path.realpath(folder) for folder in folders}
+        target = os.path.realpath(out)
+        if any(os.path.commonpath([root, target]) == root for root in roots):
             raise ValueError(
                 f"out={out}: lies in images={images}, of which it would become a part; choose a "
                 "folder beside it"

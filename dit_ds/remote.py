@@ -104,7 +104,7 @@ class Cache:
         if num_bytes > self.max_bytes:
             raise ShardError(
                 f"data.cache_gb={self.max_bytes / 1e9:g} cannot hold {url} of {num_bytes:,} bytes; "
-                "set it to at least two windows of shards"
+                "it must hold two windows of them, 2 * data.window * lanes of this machine"
             )
 
     def clean(self) -> None:

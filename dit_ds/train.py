@@ -112,7 +112,6 @@ def train(
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
         checkpoint.load(engine, found)
-    rundir.write(run, cfg, ds_config, step=state.step)
     announce(cfg, ds_config, run, split, state, engine)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     device = distributed.device()
@@ -147,6 +146,8 @@ def train(
         ) as loader,
         Monitor(run, cfg, step=state.step) as monitor,
     ):
+        # Not before the loader: what it refuses must not fix the settings of a run.
+        rundir.write(run, cfg, ds_config, step=state.step)
         while not state.done:
             lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
             optim.set_learning_rate(zero.client_optimizer(engine), lr)

@@ -651,6 +651,12 @@ def test_an_existing_dataset_is_kept_and_leftovers_are_replaced(tmp_path: Path, 
     with pytest.raises(ValueError, match="batch_size=2, but .* was begun with batch_size=3"):
         extract(images, vae, 16, out, batch_size=2)
     assert contents(out) == before
+    shutil.move(out / shards[2], tmp_path / "away")
+    with pytest.raises(ValueError, match=f"{shards[2]} is missing.*remove .*manifest.json and run"):
+        extract(images, vae, 16, out)
+    (out / "manifest.json").unlink()
+    make(images, vae, out)
+    assert contents(out) == before
     (out / "plan.json").unlink()  # a data set of somebody else
     with pytest.raises(ValueError, match="already holds a dataset; remove it or choose another"):
         extract(images, vae, 16, out)
@@ -658,9 +664,12 @@ def test_an_existing_dataset_is_kept_and_leftovers_are_replaced(tmp_path: Path, 
 
 def test_what_cannot_be_meant_is_refused_before_any_work(tmp_path: Path, vae: str) -> None:
     images = make_images(tmp_path / "images", classes=1)
+    (tmp_path / "linked").mkdir()
+    (images / "class 1").symlink_to(tmp_path / "linked")
     for where, told in (
         ("s3://bucket/latents", "is a URL; give a folder, and upload it"),
         (str(images / "latents"), "lies in images=.*choose a folder beside it"),
+        (str(tmp_path / "linked" / "latents"), "lies in images=.*choose a folder beside it"),
         (" ", "out is empty"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -669,8 +678,8 @@ def test_what_cannot_be_meant_is_refused_before_any_work(tmp_path: Path, vae: st
         extract("", vae, 16, tmp_path / "out")
     with pytest.raises(ValueError, match="image_size=-16 is not positive; choose a multiple of 2"):
         extract(images, vae, -16, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
-    assert not (images / "latents").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "linked"]
+    assert not (images / "latents").exists() and not list((tmp_path / "linked").iterdir())
 
 
 def test_a_pipe_among_the_images_is_rejected(tmp_path: Path, vae: str) -> None:

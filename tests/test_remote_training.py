@@ -121,6 +121,8 @@ def test_a_cache_too_small_for_the_windows_is_refused_before_the_first_step(
     assert "data.cache_gb=0.00015 does not hold two windows of this machine's 4 lanes" in outputs[0]
     assert "set data.cache_gb=0.1\n" in outputs[0]
     assert "Traceback" not in outputs[0]
+    # What was refused has not fixed the run's settings.
+    run_ranks(2, train, *arguments(tiny, ds, *overrides(origin, tmp_path), "data.window=1"))
 
 
 def test_a_url_without_a_data_set_is_told(
