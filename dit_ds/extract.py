@@ -100,7 +100,7 @@ def extract(
             latents.latent_shape(model, image_size)  # fails if they do not fit
             asked = Asked(
                 images=plans.absolute(str(images)),
-                vae=_vae_info(vae, model),
+                vae=VaeInfo(name=latents.vae_name(vae), sha256=latents.vae_hash(model)),
                 image_size=image_size,
                 classes=None if classes is None else labels.read_class_names(classes),
                 batch_size=batch_size,
@@ -164,12 +164,6 @@ def _wait_for(seen: Callable[[], bool], what: str) -> None:
                 f"this host does not see {what}; give an output folder that all hosts share"
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-def _vae_info(vae: str | Path, model: AutoencoderKL) -> VaeInfo:
-    # A folder is named so that it is found from anywhere.
-    name = str(Path(vae).resolve()) if Path(vae).is_dir() else str(vae)
-    return VaeInfo(name=name, sha256=latents.vae_hash(model))
 
 
 def _num_workers(workers: int | None, ranks_here: int) -> int:

@@ -19,7 +19,7 @@ from dit_ds import arrays
 from dit_ds.arrays import ArrayError
 from dit_ds.labels import split_name
 from dit_ds.manifest import Manifest, ShardError, ShardInfo, Store
-from dit_ds.shards import Reader, ShardReader
+from dit_ds.shards import Reader, ShardReader, npy_bytes
 
 INDEX_SUFFIX = ".index.npy"
 HEADER, VALUES, LABEL = 0, 1, 2  # columns of an index
@@ -27,9 +27,7 @@ HEADER, VALUES, LABEL = 0, 1, 2  # columns of an index
 
 def index_bytes(rows: np.ndarray) -> bytes:
     """The file of an index. rows: (n, 3) int64."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, rows.astype("<i8"), version=(1, 0), allow_pickle=False)
-    return file.getvalue()
+    return npy_bytes(rows.astype("<i8"))
 
 
 def open_reader(

@@ -189,6 +189,11 @@ def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
     return (vae.config.latent_channels, image_size // factor, image_size // factor)
 
 
+def vae_name(path_or_id: str | Path) -> str:
+    """What to ask for a VAE by later: the hub id, or a folder as it is found from anywhere."""
+    return str(Path(path_or_id).resolve()) if Path(path_or_id).is_dir() else str(path_or_id)
+
+
 def vae_hash(vae: AutoencoderKL) -> str:
     """sha256 (hex) of the weights by name, as loaded: another dtype is another hash."""
     digest = hashlib.sha256()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_ds import latents
 from dit_ds.manifest import ShardInfo
-from dit_ds.parallel import begin_worker
+from dit_ds.parallel import begin_worker, in_background
 from dit_ds.plan import Plan
 from dit_ds.records import Record
 from dit_ds.shards import ShardWriter
@@ -94,29 +93,15 @@ def tasks(
 
     The next unit is fetched while the tasks of one are handed out.
     """
-    ahead = _in_background(next_unit)
+    ahead = in_background(next_unit)
     while not stopped():
         if not concurrent.futures.wait([ahead], timeout=_POLL_SECONDS).done:
             continue
         unit = ahead.result()
         if unit is None:
             return
-        ahead = _in_background(next_unit)
+        ahead = in_background(next_unit)
         yield from _cut(unit, samples_per_shard, batch_size)
-
-
-def _in_background(function: Callable[[], Unit | None]) -> Future[Unit | None]:
-    """Call in a thread that nobody waits for at the exit, as a pool's would be."""
-    future: Future[Unit | None] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
 
 
 def _cut(unit: Unit, samples_per_shard: int, batch_size: int) -> Iterator[Task]:

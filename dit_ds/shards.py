@@ -29,9 +29,10 @@ _BLOCK = tarfile.BLOCKSIZE
 _END = bytes(2 * _BLOCK)  # what closes a tar
 
 
-def _npy(moments: np.ndarray) -> bytes:
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The npy file of an array."""
     file = io.BytesIO()
-    np.lib.format.write_array(file, moments, version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
     return file.getvalue()
 
 
@@ -64,7 +65,7 @@ class ShardWriter:
         """Append a sample. moments: (2, 2C, h, w) float16, one shape for the whole shard."""
         assert "." not in key and 0 < len(key) <= 80, key  # webdataset splits keys at dots
         assert moments.dtype == np.float16 and moments.ndim == 4, (moments.dtype, moments.shape)
-        self._write(_member(key + _MOMENTS, _npy(np.ascontiguousarray(moments))))
+        self._write(_member(key + _MOMENTS, npy_bytes(np.ascontiguousarray(moments))))
         self._write(_member(key + _LABEL, b"%d" % label))
         self._num_samples += 1
 
@@ -90,7 +91,7 @@ class _Sizes:
     """Where things lie in the bytes of one sample, for moments of a shape (2C, h, w)."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
-        npy = _npy(np.zeros((2, *shape), np.float16))
+        npy = npy_bytes(np.zeros((2, *shape), np.float16))
         self.image = int(np.prod(shape)) * 2  # bytes of one image's moments; a sample has two
         self.npy_header = npy[: -2 * self.image]
         self.first = _BLOCK + len(self.npy_header)
@@ -114,7 +115,7 @@ class Reader(abc.ABC):
 
     Args:
         store, info, manifest: the data set and the shard in it.
-        checked: the content was checked before by this process.
+        checked: the content was checked before.
     """
 
     def __init__(

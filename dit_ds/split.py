@@ -21,6 +21,7 @@ from dit_ds import files
 from dit_ds.files import atomic_file, atomic_path, sync
 from dit_ds.indexed import INDEX_SUFFIX, IndexedReader, index_bytes, open_reader
 from dit_ds.manifest import MANIFEST_NAME, Folder, Manifest, ShardInfo
+from dit_ds.remote import is_url
 from dit_ds.shards import ShardReader, ShardWriter
 
 VALIDATION = "validation"
@@ -34,9 +35,9 @@ def split(directory: str | Path, share: float) -> tuple[Manifest, Manifest]:
 
     Whole shards are taken in the order of their checksums, which is as good as drawn, and the last
     one is cut in two by a hash of the keys. So the split depends on the data alone, and the same
-    command again changes nothing. Both sets keep
-    the statistics of the whole: they are estimates, and the two are to be scaled alike. Of tars
-    that others wrote none is removed or rewritten; a cut one gets two links with an index each.
+    command again changes nothing. Both sets keep the statistics of the whole: they are estimates,
+    and the two are to be scaled alike. Of tars that others wrote none is removed or rewritten; a
+    cut one gets two links with an index each.
 
     Returns:
         The manifests for training and validation.
@@ -45,7 +46,7 @@ def split(directory: str | Path, share: float) -> tuple[Manifest, Manifest]:
         ValueError: a share that leaves one of them empty, a damaged shard, or a data set that is
             split already by another share.
     """
-    if "://" in str(directory):
+    if is_url(str(directory)):
         raise ValueError(f"{directory} is a URL; split a copy in a local folder, then upload it")
     directory = Path(directory)
     if not 0 < share < 1:

@@ -12,7 +12,6 @@ import os
 import random
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import fsspec
 
 from dit_ds import files
 from dit_ds.manifest import ShardError
+from dit_ds.parallel import in_background
 
 NUM_ATTEMPTS = 5
 BACKOFF_SECONDS = 1.0  # before the second attempt, doubled before each further one
@@ -127,15 +127,7 @@ def _watched(work: Callable[[], T], progress: Callable[[], int]) -> T:
 
     It runs in a thread, because protocols differ in what they notice and none can be interrupted.
     """
-    result: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    result = in_background(work)
     last, since = progress(), time.monotonic()
     while not concurrent.futures.wait([result], timeout=_POLL_SECONDS).done:
         if (now := progress()) != last:

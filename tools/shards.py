@@ -77,11 +77,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(1)
 
 
-def _named(vae: str) -> str:
-    """A folder is named so that it is found from anywhere."""
-    return str(Path(vae).resolve()) if Path(vae).is_dir() else vae
-
-
 @contextmanager
 def _store(path: str) -> Iterator[Store]:
     """The store at a path. What comes from a URL is fetched anew and kept no longer than needed."""
@@ -137,7 +132,7 @@ def _index(args: argparse.Namespace) -> Facts:
             space.scaling_factor if args.scaling_factor is None else args.scaling_factor,
             space.shift_factor if args.shift_factor is None else args.shift_factor,
             model.config.latent_channels,
-            VaeInfo(name=_named(args.vae), sha256=latents.vae_hash(model)),
+            VaeInfo(name=latents.vae_name(args.vae), sha256=latents.vae_hash(model)),
         )
     elif args.scaling_factor is None or args.image_size is None:
         raise ValueError(
