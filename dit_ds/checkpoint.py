@@ -1,255 +1,315 @@
-"""Checkpoints: each exists whole or not at all, holds no pickle, and loads in any topology.
+"""Saving checkpoints: each exists whole or not at all, and training does not wait for the disk.
 
-    checkpoints/latest                           name of the newest committed checkpoint
-    checkpoints/step-00001000/index.json         what is where, counters, configuration, checksums
-    checkpoints/step-00001000/rank-00000.safetensors   `KEY/PARAMETER`: the range rank 0 holds
-    checkpoints/step-00001000/module.safetensors       buffers and frozen parameters
+    checkpoints/latest             name of the newest committed checkpoint
+    checkpoints/step-00001000/     see `dit_ds.archive`
+    checkpoints/.step-00002000.*   a save that is not committed yet
 
-Every rank writes the ranges it holds of each parameter's float32 state (weights as `fp32`, moments,
-EMA: whatever the optimizer keeps), aside; all agree; rename; then `latest`. A load reads the ranges
-that a rank needs from whichever files have them, so the number of ranks and the ZeRO stage may
-differ from those of the save.
+Every rank copies the ranges it holds of each parameter's float32 state (weights as `fp32`, moments,
+EMA: whatever the optimizer keeps) into host memory, and training goes on while a thread writes
+them. Once all ranks have written, the next step boundary commits: index, rename, `latest`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import errno
 import json
+import math
+import secrets
 import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 
 from dit_ds import __version__, distributed, files, zero
-from dit_ds.archive import FORMAT, MASTER, Checkpoint, CheckpointError, Ranges, checksum, unsharded
+from dit_ds.archive import FORMAT, MASTER, MODULE, Engine, File, Index, Parameter, Range, index_text
+from dit_ds.parallel import in_background
+from dit_ds.retention import Keep, folder, remove, remove_leftovers, tidy
+from dit_ds.staging import Staging, write
 
-# ------------------------------------------------------------------------------------------ save
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SPARE_BYTES = 1 << 24  # index, metrics and what else is written meanwhile
+_PATIENCE_SECONDS = 30.0
 
 
-def save(engine: Any, root: Path, *, step: int, about: dict[str, Any], keep: int) -> Path:
-    """Write and commit a checkpoint at a step boundary; a collective.
+class DiskFull(distributed.RankError):
+    """There is no room for a checkpoint; what was there before is untouched."""
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint that was saved: what it took. pause_seconds: how long the training waited."""
+
+    path: Path
+    num_bytes: int
+    pause_seconds: float
+    write_seconds: float
+
+
+@dataclass
+class _Pending:
+    """A checkpoint whose files are being written. content: index.json without what comes later."""
+
+    step: int
+    num_bytes: int
+    aside: Path
+    content: dict[str, Any]
+    scalars: dict[str, dict[str, float]]
+    written: Future[dict[str, File]]
+    began: float
+    pause_seconds: float
+
+
+class Checkpoints:
+    """Saves the checkpoints of a run; all methods are collectives at a step boundary.
 
     Args:
         engine: the DeepSpeed engine.
-        root: the run's `checkpoints` folder.
-        step: optimizer steps done; names the checkpoint.
-        about: JSON that `Checkpoint.about` gives back (configuration, data set, position).
-        keep: number of newest checkpoints that stay.
-
-    Raises:
-        RankError: writing failed somewhere (a full disk); what was there before is untouched.
+        root: the run's `checkpoints` folder, which this run holds alone.
+        keep: which checkpoints stay.
     """
-    path = root / f"step-{step:08d}"
-    aside = root / f".{path.name}.tmp"
-    with distributed.agreed():
-        if distributed.is_main():
-            for killed in root.glob(".step-*.tmp"):
-                shutil.rmtree(killed, ignore_errors=True)
-            aside.mkdir(parents=True)
-    try:
-        part: dict[str, Any] = {}
-        with distributed.agreed():
-            part = _write_rank(engine, aside / f"rank-{distributed.rank():05d}.safetensors")
-        with distributed.agreed():
-            module = _write_module(engine, aside / "module.safetensors")
-        parts = distributed.gather_json(part)
+
+    def __init__(self, engine: Any, root: Path, keep: Keep) -> None:
+        self._engine, self._root, self._keep = engine, root, keep
+        self._staging: Staging | None = None
+        self._layout: list[Any] = []  # of each rank: ranges, keys of its state, bytes
+        self._pending: _Pending | None = None
+        self._tidying: Future[None] | None = None
+        # Ranks of a run that was killed may still be writing: their files must not meet ours.
+        self._token = distributed.broadcast_json(secrets.token_hex(4))
         with distributed.agreed():
             if distributed.is_main():
-                index = _index(engine, step, about) | {"files": {p.pop("name"): p for p in parts}}
-                index["files"]["module.safetensors"] = module
-                index["sha256"] = checksum(index)
-                files.write_atomically(aside / "index.json", json.dumps(index))
-                _remove(path)  # a damaged one, or we would not be here
-                aside.rename(path)
-                files.sync(root)
-                files.write_atomically(root / "latest", path.name + "\n")
-    except distributed.RankError as e:
+                root.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(root)
+
+    def save(self, *, step: int, about: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Copy the state into host memory and begin to write it, after the save before this one.
+
+        Args:
+            step: optimizer steps done; names the checkpoint.
+            about: JSON that the index gives back (configuration, data set, position).
+            metrics: what was measured at this step; those that are not finite are left out.
+
+        Raises:
+            DiskFull: there is no room for it.
+            RankError: it, or the one before, cannot be written.
+        """
+        self.commit(wait=True)
+        began = time.perf_counter()
+        aside = self._root / f".{folder(self._root, step).name}.{self._token}.tmp"
+        tensors, ranges, scalars = _state(self._engine)
+        module = _module(self._engine)
+        with self._saving(step):
+            staging = self._staging
+            if staging is None or staging.sizes != {k: t.numel() for k, t in tensors.items()}:
+                staging = Staging({k: t.numel() for k, t in tensors.items()})
+        # At the first save, and once more if that came before the optimizer had any state.
+        if distributed.reduce_max(float(staging is not self._staging)):
+            self._staging = staging
+            self._layout = distributed.gather_json([ranges, _keys(tensors), staging.num_bytes])
+        num_bytes = sum(part for _, _, part in self._layout) + len(module)
+        with self._saving(step):
+            if distributed.is_main():
+                _check_room(self._root, num_bytes)
+                aside.mkdir()
+        staging.copy(tensors)
+        content = _content(self._engine, step, about, metrics)
+
+        def write_files() -> dict[str, File]:
+            name = f"rank-{distributed.rank():05d}.safetensors"
+            found = {name: staging.write(aside / name)}
+            if module:
+                found[MODULE] = write(memoryview(module), aside / MODULE)
+            return found
+
+        now = time.perf_counter()
+        written = in_background(write_files)
+        self._pending = _Pending(
+            step, num_bytes, aside, content, scalars, written, now, pause_seconds=now - began
+        )
+
+    def commit(self, *, wait: bool = False) -> Committed | None:
+        """Commit what was saved once all ranks have written it, else return None; or wait for them.
+
+        Raises:
+            DiskFull: the disk, or a quota, was full before it was written.
+            RankError: it could not be written for another reason.
+        """
+        done = None
+        if self._pending is not None:
+            began = time.perf_counter()
+            if wait:
+                concurrent.futures.wait([self._pending.written])
+            if distributed.reduce_max(0.0 if self._pending.written.done() else 1.0) == 0.0:
+                pending, self._pending = self._pending, None
+                path = self._commit(pending)
+                now = time.perf_counter()
+                done = Committed(
+                    path,
+                    pending.num_bytes,
+                    pause_seconds=pending.pause_seconds + now - began,
+                    write_seconds=now - pending.began,
+                )
+        if wait:
+            self._finish_tidying()
+        return done
+
+    def _commit(self, pending: _Pending) -> Path:
+        path = folder(self._root, pending.step)
+        with self._saving(pending.step):
+            entries = {k: f.model_dump() for k, f in pending.written.result().items()}
+        parts = distributed.gather_json([entries, pending.scalars])
+        self._finish_tidying()
+        with self._saving(pending.step):
+            if distributed.is_main():
+                index = self._index(pending, parts)
+                _wait_for(pending.aside, index)
+                files.write_atomically(pending.aside / "index.json", index_text(index))
+                remove(path)  # a damaged one, or one never told of, or we would not be here
+                pending.aside.rename(path)
+                files.sync(self._root)
+                files.write_atomically(self._root / "latest", path.name + "\n")
         if distributed.is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-        raise distributed.RankError(
-            f"checkpoint {path} could not be written: {e}; older checkpoints are untouched"
-        ) from e
-    if distributed.is_main():
-        names = [p.name for p in _committed(root)]
-        at = names.index(path.name)
-        # Those above were damaged or never told of, or training would have gone on from them.
-        for name in names[:at] + names[at + keep :]:
-            _remove(root / name)
-    return path
+            self._tidying = in_background(lambda: tidy(self._root, self._keep, newest=pending.step))
+        return path
+
+    def _index(self, pending: _Pending, parts: list[Any]) -> Index:
+        shapes = zero.parameter_shapes(self._engine)
+        scalars = {name: found for _, part in parts for name, found in part.items()}
+        entries: dict[str, Any] = {}
+        for (part, _), (ranges, _, _) in zip(parts, self._layout, strict=True):
+            for name, entry in part.items():
+                held = {} if name == MODULE else {k: tuple(r) for k, r in ranges.items()}
+                entries[name] = File(**entry | {"ranges": held})
+        return Index(
+            **pending.content,
+            keys=sorted({key for _, keys, _ in self._layout for key in keys}),
+            parameters={
+                name: Parameter(shape=shape, scalars=scalars.get(name, {}))
+                for name, shape in shapes.items()
+            },
+            files=entries,
+        )
+
+    def _finish_tidying(self) -> None:
+        """Old checkpoints that cannot be removed are told, and end nothing."""
+        if self._tidying is not None:
+            error, self._tidying = self._tidying.exception(), None
+            if error is not None:
+                distributed.print_main(f"WARNING: an old checkpoint was not removed: {error}")
+
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """A part of a save that may fail on single ranks; all ranks raise then."""
+        errors: list[Exception] = []
+        try:
+            with distributed.agreed():
+                try:
+                    yield
+                except Exception as error:
+                    errors.append(error)
+                    raise
+        except distributed.RankError as e:
+            if distributed.is_main():
+                for aside in self._root.glob(f".*.{self._token}.tmp"):
+                    shutil.rmtree(aside, ignore_errors=True)
+            full = all(isinstance(e, OSError) and e.errno in _FULL for e in errors)
+            kind = distributed.RankError if distributed.reduce_max(float(not full)) else DiskFull
+            raise kind(
+                f"checkpoint {folder(self._root, step)} could not be written: {e}; older "
+                "checkpoints are untouched"
+            ) from e
 
 
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; a kill in the middle leaves nothing that looks like one."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.old.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _write_rank(engine: Any, path: Path) -> dict[str, Any]:
-    """This rank's ranges; returns the entry of the index that says which they are."""
+def _state(
+    engine: Any,
+) -> tuple[dict[str, torch.Tensor], dict[str, Range], dict[str, dict[str, float]]]:
+    """This rank's part: vectors by `KEY/PARAMETER`, their ranges, and scalars by parameter."""
     state = zero.client_optimizer(engine).state
     tensors: dict[str, torch.Tensor] = {}
-    fragments: dict[str, list[int]] = {}
+    ranges: dict[str, Range] = {}
     scalars: dict[str, dict[str, float]] = {}
     for flat in zero.flats(engine):
         mine = state.get(flat.tensor, {})
         vectors = {k: v for k, v in mine.items() if v.shape == flat.tensor.shape}
         vectors[MASTER] = flat.tensor
-        for f in flat.fragments if flat.owned else ():
-            fragments[f.name] = [f.offset, f.length]
-            scalars[f.name] = {k: v.item() for k, v in mine.items() if k not in vectors}
+        for f in flat.written:
+            ranges[f.name] = (f.offset, f.length)
+            if f.offset == 0:
+                scalars[f.name] = {k: v.item() for k, v in mine.items() if k not in vectors}
             for key, vector in vectors.items():
                 piece = vector.detach().view(-1)[f.start : f.start + f.length]
-                tensors[f"{key}/{f.name}"] = piece.to("cpu", copy=True)
-    _save_tensors(tensors, path)
-    return {"name": path.name, **_fingerprint(path), "fragments": fragments, "scalars": scalars}
+                tensors[f"{key}/{f.name}"] = piece
+    return tensors, ranges, scalars
 
 
-def _write_module(engine: Any, path: Path) -> dict[str, Any]:
-    """Buffers and frozen parameters, once; gathering them is a collective."""
+def _keys(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Which state the parameters have."""
+    return sorted({MASTER} | {name.partition("/")[0] for name in tensors})
+
+
+def _module(engine: Any) -> bytes:
+    """Buffers and frozen parameters as a safetensors file, on rank 0; a collective."""
     tensors = {}
     for name, tensor in zero.unsharded(engine).items():
         with zero.gathered(tensor):
             tensors[name] = tensor.detach().to("cpu", copy=True)
-    if not distributed.is_main():
-        return {}
-    _save_tensors(tensors, path)
-    return _fingerprint(path)
+    return safetensors_bytes(tensors) if distributed.is_main() else b""
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-        files.usual_permissions(path)
-        files.sync(path)
-    except SafetensorError as e:  # how safetensors tells of a full disk
-        raise OSError(f"{path}: {e}") from e
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-
-
-def _index(engine: Any, step: int, about: dict[str, Any]) -> dict[str, Any]:
+def _content(
+    engine: Any, step: int, about: dict[str, Any], metrics: dict[str, float]
+) -> dict[str, Any]:
     groups = zero.client_optimizer(engine).param_groups
     return {
         "format": FORMAT,
         "dit_ds": __version__,
+        "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "step": step,
         "world_size": distributed.world_size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        "engine": Engine(**{name: getattr(engine, name) for name in Engine.model_fields}),
         "loss_scaler": zero.loss_scaler_state(engine),
-        "groups": [{k: v for k, v in g.items() if k != "params"} for g in groups],
-        "parameters": zero.parameter_shapes(engine),
-        "about": about,
+        "groups": [_json({k: v for k, v in g.items() if k != "params"}) for g in groups],
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "about": _json(about),
     }
 
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+def _json(tree: Any) -> Any:
+    """A copy as JSON has it: what is saved later must not change with what goes on."""
+    return json.loads(json.dumps(tree))
 
 
-def _committed(root: Path) -> list[Path]:
-    """Folders of committed checkpoints, newest first."""
-    return sorted((p for p in root.glob("step-*") if (p / "index.json").is_file()), reverse=True)
-
-
-# ------------------------------------------------------------------------------------------ load
-
-
-def newest(root: Path) -> Checkpoint | None:
-    """The newest usable checkpoint, verified, the same on every rank; a collective.
-
-    Rank 0 picks and tells the others, because shared file systems lag; ranks share the checksums. A
-    damaged checkpoint is named in a warning and the one before it is taken.
-
-    Raises:
-        RankError: there are checkpoints and none of them is usable.
-    """
-    names: list[str] = []
-    with distributed.agreed():
-        if distributed.is_main():
-            names, latest = [p.name for p in _committed(root)], root / "latest"
-            if latest.is_file() and (last := latest.read_text(errors="replace").strip()) in names:
-                names = names[names.index(last) :]  # newer ones were renamed but never told of
-    faults = []
-    for name in distributed.broadcast_json(names):
-        try:
-            with distributed.agreed():
-                checkpoint = Checkpoint.open(root / name)
-                # Ranks share the work: each reads some of the files.
-                rank, world = distributed.rank(), distributed.world_size()
-                checkpoint.verify(sorted(checkpoint.index["files"])[rank::world])
-            return checkpoint
-        except distributed.RankError as e:
-            faults.append(str(e))
-            distributed.print_main(f"WARNING: damaged checkpoint skipped: {e}")
-    if faults:
-        raise distributed.RankError(
-            f"no checkpoint in {root} is usable:\n" + "\n".join(faults) + "\n"
-            "move that folder away to start from the beginning"
-        )
-    return None
-
-
-def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Restore weights, optimizer state, buffers and counters; a collective.
-
-    Raises:
-        RankError: the checkpoint is of another model.
-    """
-    with distributed.agreed():
-        _check_model(zero.parameter_shapes(engine), checkpoint)
-    with zero.writing_masters(engine), distributed.agreed():
-        ranges = Ranges(checkpoint)
-        for flat in zero.flats(engine):
-            _fill(zero.client_optimizer(engine).state[flat.tensor], flat, ranges)
-    zero.link_state(engine)
-    held = unsharded(checkpoint)
-    for name, tensor in zero.unsharded(engine).items():
-        with zero.gathered(tensor, write=True), torch.no_grad():
-            tensor.copy_(held[name])
-    for group, saved in zip(
-        zero.client_optimizer(engine).param_groups, checkpoint.index["groups"], strict=True
-    ):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    zero.load_loss_scaler_state(engine, checkpoint.index["loss_scaler"])
-    for name in _COUNTERS:
-        setattr(engine, name, checkpoint.index["engine"][name])
-    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    distributed.barrier()
-
-
-def _check_model(shapes: dict[str, list[int]], checkpoint: Checkpoint) -> None:
-    differ = sorted(
-        name for name in shapes.keys() | checkpoint.shapes.keys()
-        if shapes.get(name) != checkpoint.shapes.get(name)
-    )  # fmt: skip
-    if differ:
-        name = differ[0]
-        raise CheckpointError(
-            f"{checkpoint.path} is of another model: {len(differ)} parameters differ, the first is "
-            f"{name} with {checkpoint.shapes.get(name)} there and {shapes.get(name)} here"
+def _check_room(root: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < num_bytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"it takes {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room (as "
+            "`tools/checkpoint.py prune` does) or lower train.keep_checkpoints",
+            str(root),
         )
 
 
-def _fill(state: dict[str, Any], flat: zero.Flat, ranges: Ranges) -> None:
-    """Masters and state of one flat tensor; its padding becomes zero."""
-    names = [f.name for f in flat.fragments] or sorted(ranges.scalars)[:1]
-    scalars = ranges.scalars[names[0]]
-    # One flat tensor has one step counter, so its parameters must agree on theirs.
-    if any(ranges.scalars[name] != scalars for name in names):
-        raise CheckpointError("parameters of one partition disagree on their step counters")
-    for key in ranges.keys(names[0]):
-        if key != MASTER:
-            state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
-        target = (flat.tensor if key == MASTER else state[key]).detach().view(-1)
-        target.zero_()
-        for f in flat.fragments:
-            ranges.read(key, f.name, f.offset, target[f.start : f.start + f.length])
-    for key, value in scalars.items():
-        state[key] = torch.tensor(value, dtype=torch.float32, device=flat.tensor.device)
+def _wait_for(aside: Path, index: Index) -> None:
+    """Until this host sees what all ranks have written: shared file systems lag."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    for name, file in index.files.items():
+        path = aside / name
+        while not path.exists() or path.stat().st_size != file.num_bytes:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{path} was written, but {socket.gethostname()} does not see it; put runs on "
+                    "storage that all hosts share"
+                )
+            time.sleep(0.1)

@@ -128,7 +128,13 @@ class Train(Section):
     """Save and end in good order after this time, for queues with a limit."""
     log_every: Positive = 100
     checkpoint_every: Positive = 10_000
+    """Steps between two checkpoints. Training does not wait while they are written."""
     keep_checkpoints: Positive = 3
+    """How many of the newest stay."""
+    keep_every: NonNegative = 0
+    """Those whose step is a multiple of this stay too; 0 for none."""
+    keep_best: Literal["", "validation/loss", "validation_ema/loss"] = ""
+    """The one with the least of this metric stays too."""
 
 
 class Preview(Section):
@@ -181,6 +187,23 @@ class Config(Section):
                 f"data.lanes={self.lanes} does not divide train.global_batch_size={batch}; "
                 f"leave it out for {math.gcd(batch, 64)}"
             )
+        every = self.train.checkpoint_every
+        if self.train.keep_every % every:
+            raise ValueError(
+                f"train.keep_every={self.train.keep_every} is not a multiple of "
+                f"train.checkpoint_every={every}; choose e.g. {every * 10}"
+            )
+        if self.train.keep_best and not self.validation.path:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs validation.path; set it to a data "
+                "set that `tools/shards.py split` made"
+            )
+        if self.train.keep_best and every % self.validation.every:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs a validation at every checkpoint, "
+                f"but validation.every={self.validation.every} does not divide "
+                f"train.checkpoint_every={every}; set validation.every={every}"
+            )
         if self.optimizer.schedule == "cosine" and self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves the cosine no step "
@@ -198,7 +221,8 @@ _RESUMABLE = {
     "name", "data.path", "data.cache", "data.cache_gb", "data.allow_change", "data.workers",
     "model.checkpoint_every",
     "train.steps", "train.micro_batch_size", "train.expect_ranks", "train.stop_after_hours",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every",
+    "train.keep_best",
 }  # fmt: skip
 
 _WATCHING = ("preview.", "validation.")

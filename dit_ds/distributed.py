@@ -126,10 +126,29 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def host_buffer(num_bytes: int) -> torch.Tensor:
+    """Bytes of host memory, (num_bytes,) uint8, that a GPU copies to without a detour."""
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device().type == "cuda")
+    return buffer.fill_(0)  # touched now, so that the first copy is as fast as the others
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done what it was told."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def print_main(*message: object) -> None:
     """Print on rank 0 at once; silent elsewhere."""
     if is_main():
         print(*message, flush=True)
+
+
+def warn_main(message: str) -> None:
+    """Print what must not be missed among other lines, on rank 0."""
+    if is_main():
+        bar = "!" * 100
+        print(f"\n{bar}\nWARNING: {message}\n{bar}\n", file=sys.stderr, flush=True)
 
 
 def barrier() -> None:

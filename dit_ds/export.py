@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dit_ds import archive, checkpoint, distributed, files
+from dit_ds import archive, distributed, files, restore
 from dit_ds.models import DiT
 
 FORMAT = 1
@@ -57,12 +57,23 @@ class Weights:
     about: Description
 
     def build(self, device: torch.device | str = "cpu") -> DiT:
-        """The model with these weights, in evaluation mode."""
-        with torch.device("meta"):
-            model = DiT(**self.about.model)
+        """The model with these weights, in evaluation mode.
+
+        Raises:
+            ValueError: the weights are not those of such a model.
+        """
+        sizes = self.about.model
         try:
+            # Looked at before anything is built: a description may come from anyone.
+            side = sizes["input_size"] // sizes["patch_size"]
+            if self.state["pos_embed"].shape != (1, side * side, sizes["hidden_size"]):
+                raise ValueError("pos_embed is of another size")
+            if sizes["depth"] > len(self.state):
+                raise ValueError("there are fewer tensors than blocks")
+            with torch.device("meta"):
+                model = DiT(**sizes)
             model.load_state_dict(self.state, strict=True, assign=True)
-        except RuntimeError as e:
+        except (RuntimeError, TypeError, KeyError, ArithmeticError, ValueError) as e:
             raise ValueError(f"the weights do not fit their description: {e}") from e
         return model.to(device).eval()
 
@@ -76,19 +87,19 @@ def from_run(run: Path) -> Weights:
     with distributed.agreed():
         if not run.is_dir():
             raise ValueError(f"--run {run}: no such folder; runs lie in runs/ as a rule")
-    found = checkpoint.newest(run / "checkpoints")
+    found = restore.newest(run / "checkpoints")
     if found is None:
         raise distributed.RankError(
             f"--run {run}: no checkpoint yet; train until the first one is saved"
         )
     ranges = archive.Ranges(found)
     state = dict(archive.unsharded(found))
-    for name, shape in found.shapes.items():
-        # Before the first step that was applied the average is the weights themselves.
-        key = "ema" if "ema" in ranges.keys(name) else "fp32"
-        state[name] = ranges.whole(key, name, shape)
+    # Before the first step that was applied the average is the weights themselves.
+    key = "ema" if "ema" in found.index.keys else archive.MASTER
+    for name in found.index.parameters:
+        state[name] = ranges.whole(key, name)
     state = {name: tensor.float() for name, tensor in state.items()}
-    return Weights(state, _description(found.about["weights"], str(found.path)))
+    return Weights(state, _description(found.index.about.get("weights"), str(found.path)))
 
 
 def save(weights: Weights, path: Path) -> None:
@@ -127,7 +138,7 @@ def _check_suffix(path: Path) -> None:
         raise ValueError(f"{path}: weights are one .safetensors file; give that name")
 
 
-def _description(tree: dict[str, Any], source: str) -> Description:
+def _description(tree: Any, source: str) -> Description:
     try:
         about = Description(**tree)
     except TypeError as e:

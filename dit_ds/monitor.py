@@ -161,6 +161,14 @@ class Monitor:
             self._bar.write(message)
             sys.stdout.flush()
 
+    def warn(self, message: str) -> None:
+        """Say what must not be missed, and show it in TensorBoard's text."""
+        if self._main:
+            self._bar.clear()
+            distributed.warn_main(message)
+            with self._tolerating_a_full_disk():
+                self._board.add_text("warnings", message, self._bar.n)
+
     def __enter__(self) -> Monitor:
         return self
 

@@ -27,7 +27,12 @@ class AdamW(torch.optim.AdamW):
     there, `max_grad_norm` is given: gradients are clipped here, and a step whose gradient is not
     finite is skipped, as the wrappers do (`overflow` and `_global_grad_norm` are what the engine
     reads).
+
+    `vector_state` and `scalar_state` name what the state of a parameter holds, for checkpoints.
     """
+
+    vector_state = ("exp_avg", "exp_avg_sq", "ema")
+    scalar_state = ("step",)
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from dit_ds import __version__, config, distributed, files, order, zero_config
-from dit_ds.archive import Checkpoint
+from dit_ds.archive import Checkpoint, CheckpointError
 from dit_ds.manifest import Manifest
 from dit_ds.models import DIT_MODELS
 
@@ -95,25 +95,30 @@ def check_resume(
         if written.is_file():
             config.check_resume(config.load(str(written)), cfg)
         return
-    config.check_resume(config.parse(found.about["config"], source=str(found.path)), cfg)
-    if found.about.get("order", 1) != about["order"]:
+    old: dict[str, Any] = found.index.about
+    weights = old.get("weights")
+    if not isinstance(old.get("config"), dict) or not isinstance(weights, dict):
+        raise CheckpointError(f"{found.path} was not saved by dit_ds.train; choose another --run")
+    config.check_resume(config.parse(old["config"], source=str(found.path)), cfg)
+    if old.get("order", 1) != about["order"]:
         raise ValueError(
             f"{found.path} was made by an earlier dit_ds, which took the samples in another order "
             "and with other noise; finish the run with that version, or start another one with "
             "--run runs/OTHER_NAME"
         )
-    was, now = found.about["precision"], about["precision"]
+    was, now = old.get("precision"), about["precision"]
     if was != now:
         raise ValueError(
             f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
             f"{was}, or start another run with --run runs/OTHER_NAME"
         )
-    if found.about["dataset"] != about["dataset"] and not cfg.data.allow_change:
+    if old.get("dataset") != about["dataset"] and not cfg.data.allow_change:
         raise ValueError(
             f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
             "the old one, or set data.allow_change=true to go on with this one"
         )
-    before, after = found.about["weights"]["model"], about["weights"]["model"]
+    after, model = about["weights"]["model"], weights.get("model")
+    before = model if isinstance(model, dict) else {}
     changed = [f"{k}={after[k]} (was {before.get(k)})" for k in after if after[k] != before.get(k)]
     if changed:
         raise ValueError(

@@ -27,6 +27,8 @@ from dit_ds import (
     launched,
     optim,
     remote,
+    restore,
+    retention,
     rundir,
     zero,
     zero_config,
@@ -64,9 +66,17 @@ class State:
 
 
 def train(
-    cfg: config.Config, ds_config: dict[str, Any], run: Path, requests: launched.Requests
+    cfg: config.Config,
+    ds_config: dict[str, Any],
+    run: Path,
+    requests: launched.Requests,
+    *,
+    strict: bool = False,
 ) -> None:
-    """Train from the newest checkpoint of `run`, or from the beginning, to `train.steps`."""
+    """Train from the newest checkpoint of `run`, or from the beginning, to `train.steps`.
+
+    strict: refuse to go on from an earlier checkpoint where the newest is damaged.
+    """
     root = run / "checkpoints"
     with distributed.agreed():
         if not cfg.data.path:
@@ -78,7 +88,7 @@ def train(
         store.check(manifest)
     distributed.agree_on("the settings", [cfg.model_dump(mode="json"), ds_config])
     distributed.agree_on(f"the data set at data.path={cfg.data.path}", manifest.fingerprint)
-    found = checkpoint.newest(root)
+    found = restore.newest(root, strict=strict)
     with distributed.agreed():
         about = rundir.describe(cfg, ds_config, manifest)
         rundir.check_resume(found, cfg, about, run)
@@ -111,25 +121,36 @@ def train(
     with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
-        checkpoint.load(engine, found)
+        restore.load(engine, found)
     announce(cfg, ds_config, run, split, state, engine)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     device = distributed.device()
     # The mean over the global batch: DeepSpeed averages over ranks and leaves micro-steps to us.
     share = split.world_size / split.global_batch
+    keep = retention.Keep(
+        cfg.train.keep_checkpoints, every=cfg.train.keep_every, best=cfg.train.keep_best
+    )
+    checkpoints = checkpoint.Checkpoints(engine, root, keep)
     saved_step = state.step
 
     def loss_of(model: Any, micro: MicroBatch) -> dict[str, torch.Tensor]:
         x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
         return objective.loss(model, x_start, micro)  # each (N,)
 
-    def save() -> None:
+    def commit(*, wait: bool) -> None:
         nonlocal saved_step
+        done = checkpoints.commit(wait=wait)
+        if done is not None:
+            saved_step = retention.step_of(done.path)
+            monitor.say(
+                f"saved {done.path}: {done.num_bytes / 1e9:.2f} GB in {done.write_seconds:.1f} s, "
+                f"training waited {done.pause_seconds:.2f} s"
+            )
+
+    def save(metrics: dict[str, float], *, wait: bool) -> None:
         about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
-        keep = cfg.train.keep_checkpoints
-        path = checkpoint.save(engine, root, step=state.step, about=about, keep=keep)
-        saved_step = state.step
-        monitor.say(f"saved {path}")
+        checkpoints.save(step=state.step, about=about, metrics=metrics)
+        commit(wait=wait)
 
     with (
         Loader(
@@ -154,8 +175,12 @@ def train(
             try:
                 batch = loader.next()  # the micro-batches of one step
             except distributed.RankError:
-                if state.step > saved_step:  # a damaged shard must not cost what was reached
-                    save()
+                try:  # a damaged shard must not cost what was reached
+                    commit(wait=True)
+                    if state.step > saved_step:
+                        save({}, wait=True)
+                except distributed.RankError as e:
+                    monitor.warn(str(e))
                 raise
             for micro in batch:
                 micro = micro.to(device)
@@ -170,25 +195,32 @@ def train(
             asked = requests.agreed(stop_after_hours=cfg.train.stop_after_hours)
             state.stop = asked == launched.STOP
             began = time.perf_counter()
-            if asked or state.done or state.step % cfg.train.checkpoint_every == 0:
-                try:
-                    save()
-                except distributed.RankError as e:
-                    if state.done:
-                        raise
-                    monitor.say(f"WARNING: {e}; training goes on and tries again at the next save")
-            if preview.due(state.step) and not state.stop:
-                monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
+            metrics: dict[str, float] = {}
             if validation is not None and validation.due(state.step) and not state.stop:
                 try:
-                    values = validation.losses(engine, loss_of)
-                    monitor.add_scalars(values, step=state.step, images_seen=state.images_seen)
+                    metrics = validation.losses(engine, loss_of)
+                    monitor.add_scalars(metrics, step=state.step, images_seen=state.images_seen)
                     told = (
-                        f"{values['validation/loss']:.4f}, EMA {values['validation_ema/loss']:.4f}"
+                        f"{metrics['validation/loss']:.4f}, "
+                        f"EMA {metrics['validation_ema/loss']:.4f}"
                     )
                     monitor.say(f"validation at step {state.step}: loss {told}")
                 except distributed.RankError as e:
-                    monitor.say(f"WARNING: {e}; training goes on without this evaluation")
+                    monitor.warn(f"{e}; training goes on without this evaluation")
+            due = asked or state.done or state.step % cfg.train.checkpoint_every == 0
+            try:
+                commit(wait=bool(due))  # what an earlier step saved
+            except checkpoint.DiskFull as e:
+                monitor.warn(f"{e}; training goes on and tries again at the next save")
+            if due:
+                try:
+                    save(metrics, wait=state.done)
+                except checkpoint.DiskFull as e:
+                    if state.done:
+                        raise
+                    monitor.warn(f"{e}; training goes on and tries again at the next save")
+            if preview.due(state.step) and not state.stop:
+                monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
             monitor.pause(time.perf_counter() - began)
     if held is not None:
         held.close()
@@ -262,6 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--deepspeed_config", type=Path, default=DEEPSPEED_CONFIG, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to go on from an earlier checkpoint where the newest is damaged",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(arguments)
@@ -272,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cfg = config.load(args.config, args.overrides)
             ds_config = zero_config.load(args.deepspeed_config)
             launched.check(expect_ranks=cfg.train.expect_ranks)
-        train(cfg, ds_config, args.run or Path("runs") / cfg.name, requests)
+        run = args.run or Path("runs") / cfg.name
+        train(cfg, ds_config, run, requests, strict=args.strict)
     except ValueError as e:
         distributed.exit_with(e)
     distributed.shutdown()

@@ -33,14 +33,14 @@ class Flat:
     """A float32 tensor of master weights that the client optimizer knows as one parameter.
 
     tensor: the key into the optimizer's state. group: index of its param group.
-    fragments: what it holds; the rest is padding. owned: whether this rank writes it (at stage 0
-    all ranks hold the same).
+    fragments: what it holds; the rest is padding. written: what this rank writes of it, a share at
+    stage 0, where all ranks hold the same.
     """
 
     tensor: torch.Tensor
     group: int
     fragments: tuple[Fragment, ...]
-    owned: bool
+    written: tuple[Fragment, ...]
 
 
 _NAMES_BY_KIND = {
@@ -123,7 +123,8 @@ def _flats_of_stage_3(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
                 fragments.append(Fragment(names[p], offset, start, length))
             start += size
         assert start == flat.numel(), (start, flat.numel())
-        found.append(Flat(flat, optimizer.sub_group_to_group_id[i], tuple(fragments), owned=True))
+        group, held = optimizer.sub_group_to_group_id[i], tuple(fragments)
+        found.append(Flat(flat, group, held, written=held))
     return found
 
 
@@ -148,16 +149,20 @@ def _flats_of_stage_1_and_2(optimizer: Any, names: dict[Any, str]) -> list[Flat]
             begin, end = max(at, low), min(at + p.numel(), low + size)
             if begin < end:
                 fragments.append(Fragment(names[p], begin - at, begin - low, end - begin))
-        found.append(Flat(flat, i, tuple(fragments), owned=True))
+        found.append(Flat(flat, i, tuple(fragments), written=tuple(fragments)))
     return found
 
 
 def _flats_of_stage_0(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
-    return [
-        Flat(p, i, (Fragment(names[p], 0, 0, p.numel()),), owned=dist.get_rank() == 0)
-        for i, group in enumerate(optimizer.param_groups)
-        for p in group["params"]
-    ]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            whole = Fragment(names[p], 0, 0, p.numel())
+            low, high = p.numel() * rank // world, p.numel() * (rank + 1) // world
+            share = (Fragment(names[p], low, low, high - low),) if low < high else ()
+            found.append(Flat(p, i, (whole,), written=share))
+    return found
 
 
 @contextlib.contextmanager

@@ -45,12 +45,12 @@ def state_of(run: Path, step: int) -> dict[str, torch.Tensor]:
     found = archive.Checkpoint.open(run / "checkpoints" / f"step-{step:08d}")
     ranges = archive.Ranges(found)
     state = {
-        f"{key}/{name}": ranges.whole(key, name, shape)
-        for name, shape in found.shapes.items()
-        for key in ranges.keys(name)
+        f"{key}/{name}": ranges.whole(key, name)
+        for name in found.index.parameters
+        for key in found.index.keys
     }
-    for name, values in ranges.scalars.items():
-        state |= {f"{key}/{name}": torch.tensor(v) for key, v in values.items()}
+    for name, parameter in found.index.parameters.items():
+        state |= {f"{key}/{name}": torch.tensor(v) for key, v in parameter.scalars.items()}
     return state | {f"module/{k}": v for k, v in archive.unsharded(found).items()}
 
 

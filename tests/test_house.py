@@ -47,8 +47,13 @@ HOUSE: dict[str, set[str]] = {
     "samplers": {"objectives", "draws"},
     "zero": set(),
     "archive": {"files"},
-    "checkpoint": {"archive", "distributed", "files", "zero"},
-    "export": {"models", "archive", "checkpoint", "distributed", "files"},
+    "retention": {"archive"},
+    "staging": {"archive", "distributed", "parallel"},
+    "checkpoint": {
+        *("archive", "distributed", "files", "parallel", "retention", "staging", "zero"),
+    },
+    "restore": {"archive", "distributed", "retention", "zero"},
+    "export": {"models", "archive", "distributed", "files", "restore"},
     "rundir": {
         *("archive", "config", "distributed", "files", "manifest", "models", "order"),
         "zero_config",
@@ -64,7 +69,18 @@ HOUSE: dict[str, set[str]] = {
 }
 HOUSE["train"] = {
     *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
-    *("objectives", "optim", "preview", "remote", "rundir", "samples", "validation", "zero"),
+    *(
+        "objectives",
+        "optim",
+        "preview",
+        "remote",
+        "restore",
+        "retention",
+        "rundir",
+        "samples",
+        "validation",
+        "zero",
+    ),
     "zero_config",
 }
 HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress", "heartbeat"}

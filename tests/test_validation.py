@@ -33,7 +33,7 @@ def other(tiny: dict[str, Any], tmp_path: Path) -> Path:
 
 def values_of(tiny: dict[str, Any], ds: str, other: str, micro: int) -> dict[str, float]:
     """Evaluate a run's newest checkpoint in this world."""
-    from dit_ds import checkpoint, config, rundir, train, zero_config
+    from dit_ds import config, restore, rundir, train, zero_config
     from dit_ds.latents import LatentSpace
     from dit_ds.loader import Split
     from dit_ds.objectives import DDPM
@@ -46,9 +46,9 @@ def values_of(tiny: dict[str, Any], ds: str, other: str, micro: int) -> dict[str
     about = rundir.describe(cfg, tree, manifest)
     split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=micro)
     engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
-    found = checkpoint.newest(Path(tiny["run"]) / "checkpoints")
+    found = restore.newest(Path(tiny["run"]) / "checkpoints")
     assert found is not None
-    checkpoint.load(engine, found)
+    restore.load(engine, found)
     objective = DDPM(manifest.num_classes)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
 
@@ -121,7 +121,7 @@ def train_and_tell(*args: str) -> str:
     import io
 
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         train(*args)
     return output.getvalue()
 

@@ -1,0 +1,155 @@
+"""Going on from a checkpoint: which one, and its state into an engine of any topology.
+
+Each rank reads the ranges that it needs from whichever files have them, so the number of ranks and
+the ZeRO stage may differ from those of the save.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_ds import distributed, zero
+from dit_ds.archive import MASTER, Checkpoint, CheckpointError, Index, Ranges, unsharded
+from dit_ds.retention import committed
+
+
+def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
+    """The newest usable checkpoint, verified, the same on every rank; a collective.
+
+    Rank 0 picks and tells the others, because shared file systems lag; ranks share the checksums. A
+    damaged checkpoint is named in a warning and the one before it is taken; `strict` refuses.
+
+    Raises:
+        RankError: there are checkpoints and none of them is usable, or `strict` and a damaged one.
+    """
+    names: list[str] = []
+    with distributed.agreed():
+        if distributed.is_main():
+            names, latest = [p.name for p in committed(root)], root / "latest"
+            if latest.is_file() and (last := latest.read_text(errors="replace").strip()) in names:
+                names = names[names.index(last) :]  # newer ones were renamed but never told of
+    faults: list[str] = []
+    for name in distributed.broadcast_json(names):
+        try:
+            with distributed.agreed():
+                checkpoint = Checkpoint.open(root / name)
+                checkpoint.verify(distributed.rank(), distributed.world_size())
+        except distributed.RankError as e:
+            if strict:
+                raise distributed.RankError(
+                    f"{e}\n--strict goes on from no earlier checkpoint; bring the file back, or "
+                    "leave --strict out"
+                ) from e
+            faults.append(str(e))
+            continue
+        if faults:
+            distributed.warn_main(
+                "damaged checkpoint skipped: " + "\n".join(faults) + "\n"
+                f"the one of step {checkpoint.step} is used instead: {checkpoint.path}"
+            )
+        return checkpoint
+    if faults:
+        raise distributed.RankError(
+            f"no checkpoint in {root} is usable:\n" + "\n".join(faults) + "\n"
+            "move that folder away to start from the beginning"
+        )
+    return None
+
+
+def load(engine: Any, checkpoint: Checkpoint) -> None:
+    """Restore weights, optimizer state, buffers and counters; a collective.
+
+    Raises:
+        RankError: the checkpoint is of another model or optimizer.
+    """
+    index, held = checkpoint.index, {}
+    optimizer = zero.client_optimizer(engine)
+    with distributed.agreed():
+        held = unsharded(checkpoint)
+        _check_model(engine, checkpoint, held)
+        _check_optimizer(optimizer, checkpoint)
+    with zero.writing_masters(engine), distributed.agreed():
+        ranges = Ranges(checkpoint)
+        for flat in zero.flats(engine):
+            _fill(optimizer.state[flat.tensor], flat, ranges, index)
+    zero.link_state(engine)
+    for name, tensor in zero.unsharded(engine).items():
+        with zero.gathered(tensor, write=True), torch.no_grad():
+            tensor.copy_(held[name])
+    for group, saved in zip(optimizer.param_groups, index.groups, strict=True):
+        group.update(_hyper_parameters(group, saved))
+    zero.load_loss_scaler_state(engine, index.loss_scaler)
+    for name, value in index.engine:
+        setattr(engine, name, value)
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    distributed.barrier()
+
+
+def _check_model(
+    engine: Any, checkpoint: Checkpoint, unsharded_there: dict[str, torch.Tensor]
+) -> None:
+    there = {name: p.shape for name, p in checkpoint.index.parameters.items()}
+    there |= {name: list(t.shape) for name, t in unsharded_there.items()}
+    here = zero.parameter_shapes(engine) | {
+        name: list(getattr(t, "ds_shape", t.shape)) for name, t in zero.unsharded(engine).items()
+    }
+    differ = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
+    if differ:
+        name = differ[0]
+        raise CheckpointError(
+            f"{checkpoint.path} is of another model: {len(differ)} tensors differ, the first is "
+            f"{name} with {there.get(name)} there and {here.get(name)} here"
+        )
+
+
+def _check_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
+    index = checkpoint.index
+    vectors, scalars = set(index.keys) - {MASTER}, set(optimizer.scalar_state)
+    begun = bool(vectors)  # before the first step that was applied there is no state
+    fits = vectors in (set(), set(optimizer.vector_state)) and all(
+        set(p.scalars) == (scalars if begun else set()) for p in index.parameters.values()
+    )
+    if not fits or len(index.groups) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"{checkpoint.path} is of another optimizer: it holds {', '.join(sorted(index.keys))} "
+            f"in {len(index.groups)} groups, {type(optimizer).__name__} keeps "
+            f"{', '.join(optimizer.vector_state)} in {len(optimizer.param_groups)}"
+        )
+
+
+def _fill(state: dict[str, Any], flat: zero.Flat, ranges: Ranges, index: Index) -> None:
+    """Masters and state of one flat tensor; its padding becomes zero."""
+    names = [f.name for f in flat.fragments] or sorted(index.parameters)[:1]
+    scalars = index.parameters[names[0]].scalars
+    # One flat tensor has one step counter, so its parameters must agree on theirs.
+    if any(index.parameters[name].scalars != scalars for name in names):
+        raise CheckpointError("parameters of one partition disagree on their step counters")
+    for key in index.keys:
+        if key != MASTER:
+            state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
+        target = (flat.tensor if key == MASTER else state[key]).detach().view(-1)
+        target.zero_()
+        for f in flat.fragments:
+            ranges.read(key, f.name, f.offset, target[f.start : f.start + f.length])
+    for key, value in scalars.items():
+        state[key] = torch.tensor(value, dtype=torch.float32, device=flat.tensor.device)
+
+
+def _hyper_parameters(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """What was saved of a param group, as far as this version of the optimizer knows it."""
+    found = {}
+    for key, value in saved.items():
+        value = tuple(value) if isinstance(value, list) else value
+        # Only numbers change in a run, and what a stranger calls a number is looked at.
+        if key != "params" and key in group and _numbers(value) == _numbers(group[key]) != 0:
+            found[key] = value
+    return found
+
+
+def _numbers(value: Any) -> int:
+    """How many numbers it is; 0 for anything else."""
+    values = value if isinstance(value, tuple) else (value,)
+    return len(values) if all(type(v) in (int, float) for v in values) else 0
