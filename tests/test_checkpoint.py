@@ -233,3 +233,12 @@ def test_a_damaged_newest_checkpoint_never_pushes_out_a_good_one(saved: dict[str
     root = saved["run"] / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000004"]
     assert newest(str(root)) == 4
+
+
+def test_a_killed_save_leaves_nothing_behind(saved: dict[str, Any]) -> None:
+    root = saved["run"] / "checkpoints"
+    shutil.copytree(saved["six"], root / ".step-00000008.tmp")
+    (root / ".step-00000008.tmp" / "index.json").unlink()
+    assert newest(str(root)) == 6
+    run_ranks(2, runs.train, *runs.arguments(saved, saved["ds"], "train.steps=7"))
+    assert not list(root.glob(".*"))
