@@ -63,6 +63,7 @@ class _Pending:
     num_bytes: int
     aside: Path
     content: dict[str, Any]
+    keys: list[str]
     scalars: dict[str, dict[str, float]]
     written: Future[dict[str, File]]
     began: float
@@ -80,16 +81,27 @@ class Checkpoints:
 
     def __init__(self, engine: Any, root: Path, keep: Keep) -> None:
         self._engine, self._root, self._keep = engine, root, keep
-        self._staging: Staging | None = None
-        self._layout: list[Any] = []  # of each rank: ranges, keys of its state, bytes
         self._pending: _Pending | None = None
         self._tidying: Future[None] | None = None
         # Ranks of a run that was killed may still be writing: their files must not meet ours.
         self._token = distributed.broadcast_json(secrets.token_hex(4))
+        self._num_saves = 0
+        fragments = [f for flat in zero.flats(engine) for f in flat.written]
+        ranges = {f.name: (f.offset, f.length) for f in fragments}
+        self._ranges: list[dict[str, Range]] = distributed.gather_json(ranges)  # of each rank
+        optimizer: Any = zero.client_optimizer(engine)
+        keys = (MASTER, *optimizer.vector_state)
         with distributed.agreed():
             if distributed.is_main():
                 root.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(root)
+            # Now, because a host with too little memory should not tell in an hour.
+            self._staging = Staging({f"{k}/{f.name}": f.length for f in fragments for k in keys})
+        num_bytes = self._sum_of_bytes()
+        try:
+            _check_room(root, num_bytes)
+        except OSError as e:
+            distributed.warn_main(f"no checkpoint could be written now: {e}")
 
     def save(self, *, step: int, about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Copy the state into host memory and begin to write it, after the save before this one.
@@ -105,18 +117,17 @@ class Checkpoints:
         """
         self.commit(wait=True)
         began = time.perf_counter()
-        aside = self._root / f".{folder(self._root, step).name}.{self._token}.tmp"
-        tensors, ranges, scalars = _state(self._engine)
+        self._num_saves += 1
+        name = f".{folder(self._root, step).name}.{self._token}-{self._num_saves}.tmp"
+        aside = self._root / name
+        tensors, scalars = _state(self._engine)
         module = _module(self._engine)
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         with self._saving(step):
-            staging = self._staging
-            if staging is None or staging.sizes != {k: t.numel() for k, t in tensors.items()}:
-                staging = Staging({k: t.numel() for k, t in tensors.items()})
-        # At the first save, and once more if that came before the optimizer had any state.
-        if distributed.reduce_max(float(staging is not self._staging)):
-            self._staging = staging
-            self._layout = distributed.gather_json([ranges, _keys(tensors), staging.num_bytes])
-        num_bytes = sum(part for _, _, part in self._layout) + len(module)
+            if self._staging.sizes != sizes:  # no step was applied yet, so there is no state
+                self._staging = Staging(sizes)
+        staging = self._staging
+        num_bytes = self._sum_of_bytes() + len(module)
         with self._saving(step):
             if distributed.is_main():
                 _check_room(self._root, num_bytes)
@@ -134,7 +145,7 @@ class Checkpoints:
         now = time.perf_counter()
         written = in_background(write_files)
         self._pending = _Pending(
-            step, num_bytes, aside, content, scalars, written, now, pause_seconds=now - began
+            step, num_bytes, aside, content, _keys(tensors), scalars, written, now, now - began
         )
 
     def commit(self, *, wait: bool = False) -> Committed | None:
@@ -163,11 +174,15 @@ class Checkpoints:
             self._finish_tidying()
         return done
 
+    def _sum_of_bytes(self) -> int:
+        """Size of all ranks' files."""
+        return int(distributed.reduce_sum(torch.tensor([self._staging.num_bytes])).item())
+
     def _commit(self, pending: _Pending) -> Path:
         path = folder(self._root, pending.step)
         with self._saving(pending.step):
             entries = {k: f.model_dump() for k, f in pending.written.result().items()}
-        parts = distributed.gather_json([entries, pending.scalars])
+        parts = distributed.gather_json([entries, pending.keys, pending.scalars])
         self._finish_tidying()
         with self._saving(pending.step):
             if distributed.is_main():
@@ -184,15 +199,15 @@ class Checkpoints:
 
     def _index(self, pending: _Pending, parts: list[Any]) -> Index:
         shapes = zero.parameter_shapes(self._engine)
-        scalars = {name: found for _, part in parts for name, found in part.items()}
+        scalars = {name: found for _, _, part in parts for name, found in part.items()}
         entries: dict[str, Any] = {}
-        for (part, _), (ranges, _, _) in zip(parts, self._layout, strict=True):
+        for (part, _, _), ranges in zip(parts, self._ranges, strict=True):
             for name, entry in part.items():
                 held = {} if name == MODULE else {k: tuple(r) for k, r in ranges.items()}
                 entries[name] = File(**entry | {"ranges": held})
         return Index(
             **pending.content,
-            keys=sorted({key for _, keys, _ in self._layout for key in keys}),
+            keys=sorted({key for _, keys, _ in parts for key in keys}),
             parameters={
                 name: Parameter(shape=shape, scalars=scalars.get(name, {}))
                 for name, shape in shapes.items()
@@ -220,7 +235,7 @@ class Checkpoints:
                     raise
         except distributed.RankError as e:
             if distributed.is_main():
-                for aside in self._root.glob(f".*.{self._token}.tmp"):
+                for aside in self._root.glob(f".*.{self._token}-*.tmp"):
                     shutil.rmtree(aside, ignore_errors=True)
             full = all(isinstance(e, OSError) and e.errno in _FULL for e in errors)
             kind = distributed.RankError if distributed.reduce_max(float(not full)) else DiskFull
@@ -230,26 +245,22 @@ class Checkpoints:
             ) from e
 
 
-def _state(
-    engine: Any,
-) -> tuple[dict[str, torch.Tensor], dict[str, Range], dict[str, dict[str, float]]]:
-    """This rank's part: vectors by `KEY/PARAMETER`, their ranges, and scalars by parameter."""
+def _state(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """This rank's part: vectors by `KEY/PARAMETER`, and scalars by parameter where it begins."""
     state = zero.client_optimizer(engine).state
     tensors: dict[str, torch.Tensor] = {}
-    ranges: dict[str, Range] = {}
     scalars: dict[str, dict[str, float]] = {}
     for flat in zero.flats(engine):
         mine = state.get(flat.tensor, {})
         vectors = {k: v for k, v in mine.items() if v.shape == flat.tensor.shape}
         vectors[MASTER] = flat.tensor
         for f in flat.written:
-            ranges[f.name] = (f.offset, f.length)
             if f.offset == 0:
                 scalars[f.name] = {k: v.item() for k, v in mine.items() if k not in vectors}
             for key, vector in vectors.items():
                 piece = vector.detach().view(-1)[f.start : f.start + f.length]
                 tensors[f"{key}/{f.name}"] = piece
-    return tensors, ranges, scalars
+    return tensors, scalars
 
 
 def _keys(tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -290,14 +301,22 @@ def _json(tree: Any) -> Any:
     return json.loads(json.dumps(tree))
 
 
+class _NoRoom(OSError):
+    """As the system says it when a disk is full, before it is."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
 def _check_room(root: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     if free < num_bytes + _SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC,
-            f"it takes {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room (as "
-            "`tools/checkpoint.py prune` does) or lower train.keep_checkpoints",
-            str(root),
+        raise _NoRoom(
+            f"it takes {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {root}; make "
+            "room (`tools/checkpoint.py prune` removes old ones), or lower train.keep_checkpoints"
         )
 
 

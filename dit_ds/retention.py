@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dit_ds import files
 from dit_ds.archive import Checkpoint, CheckpointError
 
 
@@ -95,6 +96,7 @@ def remove(path: Path) -> None:
     doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old.tmp")
     with contextlib.suppress(FileNotFoundError):
         path.rename(doomed)
+        files.sync(path.parent)  # or a power cut might give the name back to what is left
         if doomed.is_symlink():
             doomed.unlink()  # what it points to is not ours
         else:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -111,24 +113,8 @@ def run_ranks(
     `function` must be importable. With `expect` not 0, every rank must exit with that code and the
     result is the output (stdout and stderr) of each rank.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     results = _forkserver.SimpleQueue()
-    ranks = []
-    for rank in range(world):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        ranks.append(
-            _forkserver.Process(target=_rank, args=(environment, results, function, arguments))
-        )
-    for process in ranks:
-        process.start()
+    ranks = _start(world, results, function, arguments)
     found: dict[int, tuple[Any, str, str]] = {}
     while len(found) < world and (any(p.is_alive() for p in ranks) or not results.empty()):
         if not results._reader.poll(0.2):  # type: ignore[attr-defined]
@@ -145,6 +131,43 @@ def run_ranks(
     outputs = "\n".join(f"rank {r}:\n{o}" for r, (_, o, _) in sorted(found.items()))
     assert codes == [expect] * world, f"exit codes {codes}\n{outputs}"
     return [found[r][0] if expect == 0 else found[r][1] for r in range(world)]
+
+
+def kill_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Call a `function` that kills a rank, then kill the others; their exit codes."""
+    results = _forkserver.SimpleQueue()  # lives as long as the ranks
+    ranks = _start(world, results, function, arguments)
+    while all(process.is_alive() for process in ranks):
+        time.sleep(0.02)
+    # What the others do now must not matter: they may go on for a while, or not at all.
+    for process in ranks:
+        process.join(timeout=random.random())
+        process.kill()
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def _start(
+    world: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[Any]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = _forkserver.Process(
+            target=_rank, args=(environment, results, function, arguments)
+        )
+        process.start()
+        ranks.append(process)
+    return ranks
 
 
 def _rank(

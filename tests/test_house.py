@@ -47,7 +47,7 @@ HOUSE: dict[str, set[str]] = {
     "samplers": {"objectives", "draws"},
     "zero": set(),
     "archive": {"files"},
-    "retention": {"archive"},
+    "retention": {"archive", "files"},
     "staging": {"archive", "distributed", "parallel"},
     "checkpoint": {
         *("archive", "distributed", "files", "parallel", "retention", "staging", "zero"),
