@@ -1,4 +1,4 @@
-"""What the data plane reaches, as ratios to a limit or a peer that is measured in the same run.
+"""What data and checkpoints reach, as ratios to a limit or a peer that is measured in the same run.
 
 Absolute times on shared machines mean nothing. Run by `tools/benchmark.py`; figures stand in
 tools/BENCHMARKS.md.
@@ -6,24 +6,33 @@ tools/BENCHMARKS.md.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit_ds import distributed, latents
+from dit_ds import config, distributed, latents
+from dit_ds.archive import chunks_of
+from dit_ds.checkpoint import Checkpoints, Committed
 from dit_ds.extract import extract
+from dit_ds.loader import Split
 from dit_ds.manifest import Folder, Manifest, ShardInfo, VaeInfo
+from dit_ds.models import DIT_MODELS
 from dit_ds.order import Order
+from dit_ds.retention import Keep
 from dit_ds.samples import Samples
 from dit_ds.shards import ShardWriter
 
@@ -258,3 +267,87 @@ def _files(folder: Path, batches: list[np.ndarray]) -> Callable[[], None]:
             np.stack([np.load(f"{name}.label.npy", allow_pickle=False) for name in names])
 
     return run
+
+
+def checkpoint(*, sizes: dict[str, int] | None = None, repeats: int = 5) -> dict[str, float]:
+    """Seconds that training waits for a checkpoint, and how fast it gets to the disk.
+
+    plain: write and fsync of the same bytes, in the same pieces, into one file.
+    pause: what the step loop waits for, the copy into host memory and the commit; the rest goes on
+        in the background (`write`, up to and with the commit).
+    blocking: the same save, waited for to its end.
+    deepspeed: `engine.save_checkpoint` of the same engine, which neither syncs nor checksums.
+
+    One rank at ZeRO stage 2 in float32, DiT-B/2 unless told (130 M parameters: weights, two
+    moments and EMA are 2.1 GB), after one step of training.
+    """
+    distributed.init()
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(temporary)
+        engine, about = _make_engine(sizes or DIT_MODELS["DiT-B/2"])
+        checkpoints = Checkpoints(engine, folder / "checkpoints", Keep(1))
+        step, found = 0, defaultdict[str, list[float]](list)
+
+        def timed(name: str, function: Callable[[], object]) -> None:
+            began = time.perf_counter()
+            function()
+            found[name].append(time.perf_counter() - began)
+
+        def save() -> None:
+            nonlocal step
+            step += 1
+            checkpoints.save(step=step, about=about, metrics={})
+
+        def committed(*, wait: bool) -> Committed:
+            while (done := checkpoints.commit(wait=wait)) is None:
+                time.sleep(0.005)  # where steps would be
+            return done
+
+        save()
+        num_bytes = committed(wait=True).num_bytes
+        data = np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8).data
+        for _ in tqdm(range(repeats + 1), disable=None, leave=False):
+            timed("plain", lambda: _write_plainly(data, folder / "plain"))
+            (folder / "plain").unlink()
+            save()
+            found["blocking"].append(committed(wait=True).pause_seconds)
+            save()
+            done = committed(wait=False)
+            found["pause"].append(done.pause_seconds)
+            found["write"].append(done.write_seconds)
+            checkpoints.commit(wait=True)  # until the one before is removed
+            timed("deepspeed", lambda: engine.save_checkpoint(str(folder / "deepspeed")))
+            shutil.rmtree(folder / "deepspeed")
+    # The first turn fills caches.
+    seconds = {name: statistics.median(values[1:]) for name, values in found.items()}
+    return {
+        "parameters": sum(p.numel() for p in engine.module.parameters()),
+        "bytes": num_bytes,
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "pause_over_blocking": seconds["pause"] / seconds["blocking"],
+        "bandwidth_over_plain_write": seconds["plain"] / seconds["write"],
+        "pause_over_deepspeed": seconds["pause"] / seconds["deepspeed"],
+    }
+
+
+def _make_engine(sizes: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """An engine whose optimizer has its state, after a step on noise."""
+    from dit_ds import train
+
+    model = {"input_size": 32, "in_channels": 4, "num_classes": 1000, **sizes}
+    cfg = config.parse({"model": sizes}, source="benchmark")
+    split = Split.of(global_batch=1, world_size=1, micro_batch=1)
+    engine = train.build_engine(cfg, {"zero_optimization": {"stage": 2}}, split, model)
+    device = distributed.device()
+    x, t = torch.randn(1, 4, 32, 32, device=device), torch.zeros(1, device=device)
+    y = torch.zeros(1, dtype=torch.int64, device=device)
+    engine.backward(engine(x, t, y).square().mean(), scale_wrt_gas=False)
+    engine.step()
+    return engine, {"config": cfg.model_dump(mode="json"), "weights": {"model": model}}
+
+
+def _write_plainly(data: memoryview, path: Path) -> None:
+    with open(path, "wb", buffering=0) as file:
+        for chunk in chunks_of(data):
+            file.write(chunk)
+        os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from dit_ds import benchmark
-from tests.conftest import REPO
+from tests.conftest import REPO, run_ranks
 
 
 def test_loader_compares_all_ways_over_the_same_samples() -> None:
@@ -23,6 +23,20 @@ def test_loader_compares_all_ways_over_the_same_samples() -> None:
 def test_precompute_compares_with_the_bare_vae() -> None:
     found = benchmark.precompute(image_size=16, batch_size=4, num_images=10, repeats=1)
     assert found["ours_over_bare"] == pytest.approx(found["ours"] / found["bare"])
+
+
+def test_checkpoint_compares_with_a_blocking_save_and_a_plain_write() -> None:
+    sizes = {"patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2}
+    (found,) = run_ranks(1, checkpoint_of_sizes, sizes)
+    assert found["bytes"] > 4 * 4 * found["parameters"] > 0
+    pause, blocking = found["pause_seconds"], found["blocking_seconds"]
+    assert found["pause_over_blocking"] == pytest.approx(pause / blocking)
+    plain, write = found["plain_seconds"], found["write_seconds"]
+    assert found["bandwidth_over_plain_write"] == pytest.approx(plain / write)
+
+
+def checkpoint_of_sizes(sizes: dict[str, int]) -> dict[str, float]:
+    return benchmark.checkpoint(sizes=sizes, repeats=1)
 
 
 def test_the_last_line_is_json() -> None:

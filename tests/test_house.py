@@ -62,9 +62,6 @@ HOUSE: dict[str, set[str]] = {
     "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
     "validation": {"config", "distributed", "manifest", "samples", "zero"},
     "monitor": {"config", "distributed", "files", "latents", "loader", "samples"},
-    "benchmark": {
-        *("distributed", "extract", "latents", "manifest", "order", "samples", "shards"),
-    },
     "digits": {"files"},
 }
 HOUSE["train"] = {
@@ -84,6 +81,10 @@ HOUSE["train"] = {
     "zero_config",
 }
 HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress", "heartbeat"}
+HOUSE["benchmark"] = {
+    *("archive", "checkpoint", "config", "distributed", "extract", "latents", "loader", "manifest"),
+    *("models", "order", "retention", "samples", "shards", "train"),
+}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}
