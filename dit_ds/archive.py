@@ -13,112 +13,47 @@ worst be refused.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
-import math
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-FORMAT = 2
+from dit_ds.checkpoint_index import FORMAT, MOST_BYTES, NAME, Index, Range, checksum, fault_of
+
 MASTER = "fp32"
 """The key of the weights among a parameter's state; the others are the optimizer's names."""
 MODULE = "module.safetensors"
 CHUNK_BYTES = 1 << 25
 """Files are checksummed in pieces of this size, so that many hands can share the work."""
 
-_MOST_INDEX_BYTES = 1 << 28
 _THREADS = 4
-
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[\w./+:-]{1,200}$")]
-Range = tuple[Count, Annotated[int, Field(gt=0, lt=2**53)]]
-"""First element, and how many."""
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+"""What buffers may be; torch cannot compute with all that safetensors can hold."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, or that does not fit this model."""
 
 
-class _Frozen(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
-    )
+class Unreadable(CheckpointError):
+    """A checkpoint that may be whole: of another version, or the system does not give it now."""
 
 
-class File(_Frozen):
-    """A file of a checkpoint: its size, the sha256 of each chunk, and its ranges of parameters."""
-
-    num_bytes: Count
-    sha256: list[Digest]
-    ranges: dict[Name, Range] = {}
-
-
-class Parameter(_Frozen):
-    """A trained parameter: its shape, and the state that is one number (the optimizer's step)."""
-
-    shape: Annotated[list[Count], Field(max_length=16)]
-    scalars: dict[Name, float] = {}
-
-    @property
-    def numel(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-
-class Engine(_Frozen):
-    """DeepSpeed's counters."""
-
-    global_steps: Count
-    global_samples: Count
-    skipped_steps: Count
-
-
-class Index(_Frozen):
-    """index.json, but for its own checksum."""
-
-    format: int
-    dit_ds: Name
-    saved_at: Name
-    """UTC, ISO 8601."""
-    step: Count
-    world_size: Annotated[int, Field(gt=0)]
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    engine: Engine
-    loss_scaler: dict[Name, float]
-    groups: list[dict[str, pydantic.JsonValue]]
-    """Hyper-parameters of the optimizer's groups."""
-    keys: list[Name]
-    """Which state every parameter has: `fp32`, `exp_avg`, `ema`, ..."""
-    parameters: dict[Name, Parameter]
-    metrics: dict[Name, float]
-    """What was measured at this step, as `validation/loss`."""
-    about: dict[str, pydantic.JsonValue]
-    """What the saver handed over: configuration, data set, how to use the weights."""
-    files: dict[Annotated[str, Field(pattern=r"^(rank-\d{5}|module)\.safetensors$")], File]
-
-
-def checksum(tree: dict[str, Any]) -> str:
-    """sha256 of everything in an index but this checksum itself."""
-    content = {key: value for key, value in tree.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def index_text(index: Index) -> str:
-    """The content of index.json."""
-    tree = index.model_dump(mode="json")
-    return json.dumps(tree | {"sha256": checksum(tree)})
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint of a step."""
+    return f"step-{step:08d}"
 
 
 def chunks_of(data: memoryview) -> list[memoryview]:
@@ -142,13 +77,13 @@ class Checkpoint:
         """
         file = path / "index.json"
         try:
-            if _size(file) > _MOST_INDEX_BYTES:
+            if _size(file) > MOST_BYTES:
                 raise CheckpointError(f"{file}: larger than any index is")
             tree = json.loads(file.read_bytes())
             if not isinstance(tree, dict) or "format" not in tree:
                 raise CheckpointError(f"{file} is damaged (no index of a checkpoint)")
             if tree["format"] != FORMAT:
-                raise CheckpointError(
+                raise Unreadable(
                     f"{path}: checkpoint format {tree['format']!r:.20}, this version reads "
                     f"{FORMAT}; use the dit_ds that wrote it ({tree.get('dit_ds')!r:.20})"
                 )
@@ -158,13 +93,13 @@ class Checkpoint:
         except CheckpointError:
             raise
         except OSError as e:
-            raise CheckpointError(f"{file} cannot be read ({e.strerror})") from e
+            raise _unreadable(file, e) from e
         except pydantic.ValidationError as e:
-            fault = e.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
-            raise CheckpointError(f"{file} is damaged ({where!r:.200}: {fault['msg']:.200})") from e
+            raise CheckpointError(f"{file} is damaged ({fault_of(e)})") from e
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{file} is damaged ({e!s:.200})") from e
+        if path.name != folder_name(checkpoint.step):  # what stays is decided by steps
+            raise CheckpointError(f"{file} is that of step {checkpoint.step}")
         checkpoint._check_ranges()
         return checkpoint
 
@@ -209,10 +144,14 @@ class Checkpoint:
             entry, path = self.index.files[name], self.path / name
             if (found := _size(path)) != entry.num_bytes:
                 raise CheckpointError(f"{path}: {found} bytes, {entry.num_bytes} were written")
+            if name == MODULE:
+                module_shapes(self)  # compared with the module, by whoever loads it
+                continue
             with _opened(path) as file:
                 held = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                if name == MODULE:
-                    continue  # compared with the module, by whoever loads it
+                expected = len(self.index.keys) * len(entry.ranges)
+                if len(held) != expected:  # keys times ranges is larger than any index
+                    raise CheckpointError(f"{path}: {len(held)} tensors, {expected} were written")
                 wanted = {
                     f"{key}/{parameter}": length
                     for parameter, (_, length) in entry.ranges.items()
@@ -234,24 +173,35 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, cut short, altered, or of other content.
         """
-        names = sorted(self.index.files)
-        self.check_headers(names[rank::world_size])
-        jobs = []
-        for name in names:
+        for fault in self.faults(rank, world_size):
+            raise fault
+
+    def faults(self, rank: int = 0, world_size: int = 1) -> Iterator[CheckpointError]:
+        """Every fault that `verify` would raise, one by one."""
+        names, jobs, bad = sorted(self.index.files), [], set()
+        for i, name in enumerate(names):
             entry = self.index.files[name]
-            if len(entry.sha256) != -(-entry.num_bytes // CHUNK_BYTES):
-                raise CheckpointError(f"{self.path}/{name}: has {len(entry.sha256)} checksums")
+            try:
+                if i % world_size == rank:
+                    self.check_headers([name])
+                if len(entry.sha256) != -(-entry.num_bytes // CHUNK_BYTES):
+                    raise CheckpointError(f"{self.path}/{name}: has {len(entry.sha256)} checksums")
+            except CheckpointError as fault:
+                bad.add(name)
+                yield fault
             jobs += [(name, i) for i in range(len(entry.sha256))]
-        jobs = jobs[rank::world_size]
+        jobs = [job for job in jobs[rank::world_size] if job[0] not in bad]
         with ThreadPoolExecutor(_THREADS) as pool:
             checks = pool.map(self._check_chunk, *zip(*jobs, strict=True)) if jobs else ()
-            told = f"checking {self.path.name}"
-            # Only on a terminal, and only by one.
-            disable = None if rank == 0 else True
-            for _ in tqdm(checks, told, total=len(jobs), disable=disable, leave=False):
-                pass
+            told, disable = f"checking {self.path.name}", rank > 0 or None  # None: on a terminal
+            try:
+                for found in tqdm(checks, told, total=len(jobs), disable=disable, leave=False):
+                    if found is not None:
+                        yield found
+            finally:
+                pool.shutdown(cancel_futures=True)  # who has seen enough does not wait for the rest
 
-    def _check_chunk(self, name: str, chunk: int) -> None:
+    def _check_chunk(self, name: str, chunk: int) -> CheckpointError | None:
         path = self.path / name
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -260,13 +210,14 @@ class Checkpoint:
             finally:
                 os.close(fd)
         except OSError as e:
-            raise CheckpointError(f"{path} cannot be read ({e.strerror})") from e
+            return _unreadable(path, e)
         if hashlib.sha256(data).hexdigest() != self.index.files[name].sha256[chunk]:
             first = chunk * CHUNK_BYTES
-            raise CheckpointError(
+            return CheckpointError(
                 f"{path}: altered since it was written (checksum of bytes {first} to "
                 f"{first + len(data)})"
             )
+        return None
 
 
 class Ranges:
@@ -302,18 +253,43 @@ class Ranges:
         return out.view(parameter.shape)
 
 
+def module_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Shapes of what `unsharded` reads, from the header alone.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds what no module has.
+    """
+    path, shapes = checkpoint.path / MODULE, {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            piece = file.get_slice(name)
+            shapes[name] = piece.get_shape()
+            if not re.fullmatch(NAME, name) or piece.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{path}: {name!r:.200} is {piece.get_dtype()}, or no name")
+            if name in checkpoint.index.parameters:
+                raise CheckpointError(f"{path}: {name} is a trained parameter")
+    return shapes
+
+
 def unsharded(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Buffers and frozen parameters of a checkpoint."""
     with _opened(checkpoint.path / MODULE) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    kind = CheckpointError if isinstance(error, FileNotFoundError) else Unreadable
+    return kind(f"{path} cannot be read ({error.strerror})")
+
+
 def _size(path: Path) -> int:
     """Bytes of a regular file, and of nothing else: a pipe or a device would never end."""
     try:
         found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode) and not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as e:
-        raise CheckpointError(f"{path} cannot be read ({e.strerror})") from e
+        raise _unreadable(path, e) from e
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a plain file")
     return found.st_size
@@ -325,4 +301,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path} is damaged ({e!s:.200})") from e
+        raise CheckpointError(f"{path} is damaged ({str(e)!r:.200})") from e

@@ -31,7 +31,8 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from dit_ds import __version__, distributed, files, zero
-from dit_ds.archive import FORMAT, MASTER, MODULE, Engine, File, Index, Parameter, Range, index_text
+from dit_ds.archive import MASTER, MODULE
+from dit_ds.checkpoint_index import FORMAT, Engine, File, Index, Parameter, Range, index_text
 from dit_ds.parallel import in_background
 from dit_ds.retention import Keep, folder, remove, remove_leftovers, tidy
 from dit_ds.staging import Staging, write

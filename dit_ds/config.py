@@ -258,8 +258,10 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
 def parse(tree: dict[str, Any], source: str) -> Config:
     """A validated `Config` from nested dictionaries; every fault is told, `source` is named."""
-    faults = [_unknown_key(key) for key in _keys(tree) if key not in _KNOWN]
-    if faults:
+    unknown_keys = [key for key in _keys(tree) if key not in _KNOWN]
+    if unknown_keys:
+        faults = [_unknown_key(key) for key in unknown_keys[:20]]  # each takes milliseconds
+        faults += [f"and {len(unknown_keys) - 20} more"] * (len(unknown_keys) > 20)
         raise ConfigError(f"{source}: " + "\n".join(faults))
     try:
         return Config.model_validate(tree)

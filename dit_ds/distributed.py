@@ -144,11 +144,16 @@ def print_main(*message: object) -> None:
         print(*message, flush=True)
 
 
+def printable(text: str) -> str:
+    """The same without what steers a terminal: names in it may be anyone's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def warn_main(message: str) -> None:
     """Print what must not be missed among other lines, on rank 0."""
     if is_main():
         bar = "!" * 100
-        print(f"\n{bar}\nWARNING: {message}\n{bar}\n", file=sys.stderr, flush=True)
+        print(f"\n{bar}\nWARNING: {printable(message)}\n{bar}\n", file=sys.stderr, flush=True)
 
 
 def barrier() -> None:
@@ -284,6 +289,6 @@ def shared_store() -> dist.Store:
 def exit_with(error: ValueError) -> NoReturn:
     """Print a user's error once, from rank 0, without a traceback, and exit with 2."""
     if is_main() or not isinstance(error, RankError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     shutdown()
     raise SystemExit(2)

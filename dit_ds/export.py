@@ -10,38 +10,66 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dit_ds import archive, distributed, files, restore
+from dit_ds.checkpoint_index import Strict, fault_of
 from dit_ds.models import DiT
 
 FORMAT = 1
 
+Shapes = dict[str, list[int]]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 
-@dataclasses.dataclass(frozen=True)
-class Description:
+
+class Sizes(Strict):
+    """Arguments of `DiT`."""
+
+    input_size: Size
+    patch_size: Size
+    in_channels: Size
+    hidden_size: Size
+    depth: Size
+    num_heads: Size
+    num_classes: Size
+    mlp_ratio: Annotated[float, Field(gt=0, lt=1000)]
+    learn_sigma: bool
+
+
+class Description(Strict):
     """What one must know to use the weights; the JSON file beside them.
 
-    model: arguments of `DiT`. latent_shape: (C, H, W). vae: the name it was asked for by.
+    latent_shape: (C, H, W). vae: the name it was asked for by.
     """
 
-    model: dict[str, Any]
+    model: Sizes
     latent_shape: tuple[int, int, int]
     scaling_factor: float
     shift_factor: float
-    image_size: int
+    image_size: Size
     class_names: list[str]
-    num_timesteps: int
+    num_timesteps: Annotated[int, Field(gt=0, le=1_000_000)]
     vae: str
     vae_sha256: str
     dataset: str
     step: int
     images_seen: int
     format: int = FORMAT
+
+    @pydantic.model_validator(mode="after")
+    def _fit_each_other(self) -> Description:
+        sizes = self.model
+        if self.latent_shape != (sizes.in_channels, sizes.input_size, sizes.input_size):
+            raise ValueError(f"the model is not of latents of {self.latent_shape}")
+        if self.num_classes != sizes.num_classes:
+            raise ValueError(f"the model is not of {self.num_classes} classes")
+        return self
 
     @property
     def num_classes(self) -> int:
@@ -62,19 +90,8 @@ class Weights:
         Raises:
             ValueError: the weights are not those of such a model.
         """
-        sizes = self.about.model
-        try:
-            # Looked at before anything is built: a description may come from anyone.
-            side = sizes["input_size"] // sizes["patch_size"]
-            if self.state["pos_embed"].shape != (1, side * side, sizes["hidden_size"]):
-                raise ValueError("pos_embed is of another size")
-            if sizes["depth"] > len(self.state):
-                raise ValueError("there are fewer tensors than blocks")
-            with torch.device("meta"):
-                model = DiT(**sizes)
-            model.load_state_dict(self.state, strict=True, assign=True)
-        except (RuntimeError, TypeError, KeyError, ArithmeticError, ValueError) as e:
-            raise ValueError(f"the weights do not fit their description: {e}") from e
+        model = _model(self.about, _shapes(self.state), f"step {self.about.step}")
+        model.load_state_dict(self.state, strict=True, assign=True)
         return model.to(device).eval()
 
 
@@ -82,7 +99,8 @@ def from_run(run: Path) -> Weights:
     """The EMA weights of a run's newest checkpoint; a collective.
 
     Raises:
-        RankError: not a run directory, no checkpoint yet, or none that is whole.
+        RankError: not a run directory, no checkpoint yet, none that is whole, or of another model
+            than it says.
     """
     with distributed.agreed():
         if not run.is_dir():
@@ -92,14 +110,17 @@ def from_run(run: Path) -> Weights:
         raise distributed.RankError(
             f"--run {run}: no checkpoint yet; train until the first one is saved"
         )
-    ranges = archive.Ranges(found)
-    state = dict(archive.unsharded(found))
-    # Before the first step that was applied the average is the weights themselves.
-    key = "ema" if "ema" in found.index.keys else archive.MASTER
-    for name in found.index.parameters:
-        state[name] = ranges.whole(key, name)
-    state = {name: tensor.float() for name, tensor in state.items()}
-    return Weights(state, _description(found.index.about.get("weights"), str(found.path)))
+    with distributed.agreed():
+        about = _description(found.index.about.get("weights"), str(found.path))
+        parameters = found.index.parameters
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        _model(about, shapes | archive.module_shapes(found), str(found.path))
+        state = {name: tensor.float() for name, tensor in archive.unsharded(found).items()}
+        # Before the first step that was applied the average is the weights themselves.
+        key = "ema" if "ema" in found.index.keys else archive.MASTER
+        ranges = archive.Ranges(found)
+        state |= {name: ranges.whole(key, name) for name in parameters}
+    return Weights(state, about)
 
 
 def save(weights: Weights, path: Path) -> None:
@@ -111,7 +132,7 @@ def save(weights: Weights, path: Path) -> None:
             save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary)
     except SafetensorError as e:
         raise OSError(f"{path}: {e}") from e
-    about = json.dumps(dataclasses.asdict(weights.about), indent=1) + "\n"
+    about = json.dumps(weights.about.model_dump(), indent=1) + "\n"
     files.write_atomically(path.with_suffix(".json"), about)
 
 
@@ -124,12 +145,17 @@ def load(path: Path) -> Weights:
     _check_suffix(path)
     beside = path.with_suffix(".json")
     try:
-        about = _description(json.loads(beside.read_text()), str(beside))
+        about = _description(json.loads(beside.read_bytes()), str(beside))
         state = load_file(path)
     except OSError as e:
         raise ValueError(f"--weights {path}: cannot read {e.filename or path}") from e
-    except (json.JSONDecodeError, SafetensorError) as e:
-        raise ValueError(f"--weights {path}: damaged ({e})") from e
+    except (ValueError, RecursionError, SafetensorError) as e:
+        raise ValueError(
+            f"--weights {path}: damaged, or not of tools/export.py ({e!s:.300})"
+        ) from e
+    _model(about, _shapes(state), f"--weights {path}")
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        raise ValueError(f"--weights {path}: its tensors are not all float32, as they were written")
     return Weights(state, about)
 
 
@@ -139,10 +165,40 @@ def _check_suffix(path: Path) -> None:
 
 
 def _description(tree: Any, source: str) -> Description:
+    if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{source}: format {tree['format']!r:.20}, this version reads {FORMAT}")
     try:
-        about = Description(**tree)
-    except TypeError as e:
-        raise ValueError(f"{source}: not a description of weights ({e})") from e
-    if about.format != FORMAT:
-        raise ValueError(f"{source}: format {about.format}, this version reads {FORMAT}")
-    return dataclasses.replace(about, latent_shape=tuple(about.latent_shape))  # type: ignore[arg-type]
+        return Description.model_validate_json(json.dumps(tree))
+    except pydantic.ValidationError as e:
+        fault = fault_of(e)
+        raise ValueError(f"{source}: not a description of weights ({fault})") from e
+
+
+def _model(about: Description, state: Shapes, source: str) -> DiT:
+    """The described model on the meta device; a ValueError if `state` is not of its shapes.
+
+    A description may come from anyone, so nothing is allocated by what it claims.
+    """
+    sizes = about.model
+    side = sizes.input_size // sizes.patch_size
+    try:
+        # What even the meta device takes time and memory for.
+        if sizes.depth > len(state):
+            raise ValueError(f"{len(state)} tensors for {sizes.depth} blocks")
+        if state.get("pos_embed") != [1, side * side, sizes.hidden_size]:
+            raise ValueError(f"pos_embed is {state.get('pos_embed')}")
+        with torch.device("meta"):
+            model = DiT(**sizes.model_dump())
+        expected = _shapes(model.state_dict())
+        for name in sorted(expected.keys() | state.keys()):
+            if state.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{name!r:.200} is {state.get(name)}, expected {expected.get(name)}"
+                )
+    except (RuntimeError, ArithmeticError, ValueError) as e:
+        raise ValueError(f"{source}: the weights do not fit their description ({e!s:.300})") from e
+    return model
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> Shapes:
+    return {name: list(tensor.shape) for name, tensor in state.items()}

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from dit_ds import distributed, zero
-from dit_ds.archive import MASTER, Checkpoint, CheckpointError, Index, Ranges, unsharded
+from dit_ds.archive import (
+    MASTER,
+    Checkpoint,
+    CheckpointError,
+    Ranges,
+    module_shapes,
+    unsharded,
+)
+from dit_ds.checkpoint_index import Index
 from dit_ds.retention import committed
 
 
@@ -29,7 +37,7 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
     with distributed.agreed():
         if distributed.is_main():
             names, latest = [p.name for p in committed(root)], root / "latest"
-            if latest.is_file() and (last := latest.read_text(errors="replace").strip()) in names:
+            if latest.is_file() and (last := _first_line(latest)) in names:
                 names = names[names.index(last) :]  # newer ones were renamed but never told of
     faults: list[str] = []
     for name in distributed.broadcast_json(names):
@@ -63,14 +71,19 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
     """Restore weights, optimizer state, buffers and counters; a collective.
 
     Raises:
-        RankError: the checkpoint is of another model or optimizer.
+        RankError: the checkpoint is of another model or optimizer; the engine is as it was.
     """
     index, held = checkpoint.index, {}
     optimizer = zero.client_optimizer(engine)
+    hyper_parameters: list[dict[str, Any]] = []
     with distributed.agreed():
+        _check_model(engine, checkpoint)
+        _check_optimizer(engine, checkpoint)
+        hyper_parameters = [
+            _hyper_parameters(group, saved, checkpoint)
+            for group, saved in zip(optimizer.param_groups, index.groups, strict=True)
+        ]
         held = unsharded(checkpoint)
-        _check_model(engine, checkpoint, held)
-        _check_optimizer(optimizer, checkpoint)
     with zero.writing_masters(engine), distributed.agreed():
         ranges = Ranges(checkpoint)
         for flat in zero.flats(engine):
@@ -79,8 +92,8 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
     for name, tensor in zero.unsharded(engine).items():
         with zero.gathered(tensor, write=True), torch.no_grad():
             tensor.copy_(held[name])
-    for group, saved in zip(optimizer.param_groups, index.groups, strict=True):
-        group.update(_hyper_parameters(group, saved))
+    for group, saved in zip(optimizer.param_groups, hyper_parameters, strict=True):
+        group.update(saved)
     zero.load_loss_scaler_state(engine, index.loss_scaler)
     for name, value in index.engine:
         setattr(engine, name, value)
@@ -88,11 +101,14 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
     distributed.barrier()
 
 
-def _check_model(
-    engine: Any, checkpoint: Checkpoint, unsharded_there: dict[str, torch.Tensor]
-) -> None:
+def _first_line(path: Path) -> str:
+    with open(path, errors="replace") as file:
+        return file.readline(100).strip()
+
+
+def _check_model(engine: Any, checkpoint: Checkpoint) -> None:
     there = {name: p.shape for name, p in checkpoint.index.parameters.items()}
-    there |= {name: list(t.shape) for name, t in unsharded_there.items()}
+    there |= module_shapes(checkpoint)
     here = zero.parameter_shapes(engine) | {
         name: list(getattr(t, "ds_shape", t.shape)) for name, t in zero.unsharded(engine).items()
     }
@@ -105,8 +121,9 @@ def _check_model(
         )
 
 
-def _check_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
+def _check_optimizer(engine: Any, checkpoint: Checkpoint) -> None:
     index = checkpoint.index
+    optimizer: Any = zero.client_optimizer(engine)
     vectors, scalars = set(index.keys) - {MASTER}, set(optimizer.scalar_state)
     begun = bool(vectors)  # before the first step that was applied there is no state
     fits = vectors in (set(), set(optimizer.vector_state)) and all(
@@ -118,15 +135,22 @@ def _check_optimizer(optimizer: Any, checkpoint: Checkpoint) -> None:
             f"in {len(index.groups)} groups, {type(optimizer).__name__} keeps "
             f"{', '.join(optimizer.vector_state)} in {len(optimizer.param_groups)}"
         )
+    for flat in zero.flats(engine):  # each has one step counter
+        scalars_there = [index.parameters[f.name].scalars for f in flat.fragments]
+        if any(found != scalars_there[0] for found in scalars_there):
+            raise CheckpointError(f"{checkpoint.path}: its parameters are not at one step")
+    here = zero.loss_scaler_state(engine)
+    if here and index.loss_scaler and here.keys() != index.loss_scaler.keys():
+        raise CheckpointError(
+            f"{checkpoint.path}: its loss scaler has {', '.join(index.loss_scaler)}, expected "
+            f"{', '.join(here)}"
+        )
 
 
 def _fill(state: dict[str, Any], flat: zero.Flat, ranges: Ranges, index: Index) -> None:
     """Masters and state of one flat tensor; its padding becomes zero."""
-    names = [f.name for f in flat.fragments] or sorted(index.parameters)[:1]
-    scalars = index.parameters[names[0]].scalars
-    # One flat tensor has one step counter, so its parameters must agree on theirs.
-    if any(index.parameters[name].scalars != scalars for name in names):
-        raise CheckpointError("parameters of one partition disagree on their step counters")
+    # What is padding alone takes the step of any parameter.
+    name = flat.fragments[0].name if flat.fragments else min(index.parameters)
     for key in index.keys:
         if key != MASTER:
             state[key] = torch.zeros_like(flat.tensor, requires_grad=False)
@@ -134,17 +158,23 @@ def _fill(state: dict[str, Any], flat: zero.Flat, ranges: Ranges, index: Index) 
         target.zero_()
         for f in flat.fragments:
             ranges.read(key, f.name, f.offset, target[f.start : f.start + f.length])
-    for key, value in scalars.items():
+    for key, value in index.parameters[name].scalars.items():
         state[key] = torch.tensor(value, dtype=torch.float32, device=flat.tensor.device)
 
 
-def _hyper_parameters(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+def _hyper_parameters(
+    group: dict[str, Any], saved: dict[str, Any], checkpoint: Checkpoint
+) -> dict[str, Any]:
     """What was saved of a param group, as far as this version of the optimizer knows it."""
     found = {}
     for key, value in saved.items():
         value = tuple(value) if isinstance(value, list) else value
-        # Only numbers change in a run, and what a stranger calls a number is looked at.
-        if key != "params" and key in group and _numbers(value) == _numbers(group[key]) != 0:
+        if num_numbers := _numbers(group.get(key)):  # nothing else changes in a run
+            if _numbers(value) != num_numbers:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {key} of its optimizer is {value!r:.100}, expected such "
+                    f"as {group[key]}"
+                )
             found[key] = value
     return found
 
@@ -152,4 +182,6 @@ def _hyper_parameters(group: dict[str, Any], saved: dict[str, Any]) -> dict[str,
 def _numbers(value: Any) -> int:
     """How many numbers it is; 0 for anything else."""
     values = value if isinstance(value, tuple) else (value,)
-    return len(values) if all(type(v) in (int, float) for v in values) else 0
+    # Beyond these bounds an int is no float.
+    usual = all(type(v) in (int, float) and -1e300 < v < 1e300 for v in values)
+    return len(values) if usual else 0

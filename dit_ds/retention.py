@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit_ds import files
-from dit_ds.archive import Checkpoint, CheckpointError
+from dit_ds.archive import Checkpoint, CheckpointError, folder_name
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Keep:
 
 def folder(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
-    return root / f"step-{step:08d}"
+    return root / folder_name(step)
 
 
 def step_of(path: Path) -> int:

@@ -99,7 +99,11 @@ def check_resume(
     weights = old.get("weights")
     if not isinstance(old.get("config"), dict) or not isinstance(weights, dict):
         raise CheckpointError(f"{found.path} was not saved by dit_ds.train; choose another --run")
-    config.check_resume(config.parse(old["config"], source=str(found.path)), cfg)
+    try:
+        before = config.parse(old["config"], source=str(found.path))
+    except config.ConfigError as e:
+        raise CheckpointError(f"{e!s:.1000}; use the dit_ds that wrote it, or another --run") from e
+    config.check_resume(before, cfg)
     if old.get("order", 1) != about["order"]:
         raise ValueError(
             f"{found.path} was made by an earlier dit_ds, which took the samples in another order "
@@ -109,8 +113,8 @@ def check_resume(
     was, now = old.get("precision"), about["precision"]
     if was != now:
         raise ValueError(
-            f"this run was trained in {was}, --deepspeed_config asks for {now}; use a file with "
-            f"{was}, or start another run with --run runs/OTHER_NAME"
+            f"this run was trained in {was!s:.50}, --deepspeed_config asks for {now}; use a file "
+            f"with that, or start another run with --run runs/OTHER_NAME"
         )
     if old.get("dataset") != about["dataset"] and not cfg.data.allow_change:
         raise ValueError(
@@ -118,8 +122,10 @@ def check_resume(
             "the old one, or set data.allow_change=true to go on with this one"
         )
     after, model = about["weights"]["model"], weights.get("model")
-    before = model if isinstance(model, dict) else {}
-    changed = [f"{k}={after[k]} (was {before.get(k)})" for k in after if after[k] != before.get(k)]
+    then = model if isinstance(model, dict) else {}
+    changed = [
+        f"{k}={after[k]} (was {then.get(k)!s:.50})" for k in after if after[k] != then.get(k)
+    ]
     if changed:
         raise ValueError(
             f"data.path={cfg.data.path} asks for another model than this run has: "

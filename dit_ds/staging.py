@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from dit_ds import distributed
-from dit_ds.archive import File, chunks_of
+from dit_ds.archive import chunks_of
+from dit_ds.checkpoint_index import File
 from dit_ds.parallel import in_background
 
 _HASHERS = 2

@@ -120,7 +120,7 @@ def draw(
         num_classes=about.num_classes,
         image_ids=mine.tolist(),
         num_timesteps=about.num_timesteps,
-        learn_sigma=about.model["learn_sigma"],
+        learn_sigma=about.model.learn_sigma,
         device=distributed.device(),
         progress=distributed.is_main(),
     )
