@@ -193,6 +193,7 @@ def test_an_index_that_does_not_add_up_is_refused(
         b'{"format": 2, "sha256": "\\ud800"}',
         b'{"format": 2, "about": ' + b'{"a":' * 10**5,
     ],
+    ids=lambda content: "content",
 )
 def test_what_is_no_index_is_refused(folder: Path, content: bytes) -> None:
     (folder / "index.json").write_bytes(content)
@@ -282,6 +283,7 @@ def tensor(dtype: str, shape: list[int], start: int, stop: int) -> Tree:
         raw({"pos_embed": tensor("F32", [0, 2**62], 0, 0)}),
         raw({"pos_embed": tensor("F32", [1] * 10**5, 0, 4)}, b"abcd"),
     ],
+    ids=lambda content: "content",
 )
 def test_a_part_with_an_odd_header_is_refused(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
