@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dit_ds import checkpoint, distributed, restore
+from dit_ds import archive, checkpoint, config, distributed, restore
 from dit_ds.retention import Keep
 from tests import runs
-from tests.conftest import run_ranks
+from tests.conftest import make_latents, run_ranks
 
 FP32: dict[str, Any] = {}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -68,21 +68,27 @@ def test_resume_is_bitwise(
 def test_state_is_bitwise_the_same_in_any_topology(
     tiny: dict[str, Any], tmp_path: Path, precision: Any
 ) -> None:
-    steps = ["train.steps=3"]
     first = ds_config(tmp_path, 2, precision)
-    run_ranks(2, runs.train, *runs.arguments(tiny, first, *steps))
+    run_ranks(2, runs.train, *runs.arguments(tiny, first, "train.steps=3"))
     expected = runs.state_of(tiny["run"], 3)
-    stages = [(3, 1), (1, 3), (3, 4), (2, 1), (3, 2)] + ([(0, 2)] if not precision else [])
-    for stage, world in stages:
-        ds = ds_config(tmp_path, stage, precision)
-        found = run_ranks(world, load_and_save, tiny, str(ds), str(tmp_path / "again"))
-        runs.assert_same_bits(expected, runs.state_of(tmp_path / "again", 3))
+    dtype = torch.bfloat16 if precision else torch.float32
+    # Each loads what the one before it saved.
+    topologies: list[tuple[int, int, dict[str, Any]]] = [
+        *((3, 1, {}), (1, 3, {}), (3, 4, {}), (2, 1, OFFLOAD), (3, 3, {}), (1, 2, {})),
+        *((3, 2, OFFLOAD), (2, 4, {"round_robin_gradients": True}), (1, 4, OFFLOAD)),
+        *(((0, 2, {}), (2, 3, {}), (0, 3, {}), (3, 1, OFFLOAD)) if not precision else ()),
+    ]
+    for i, (stage, world, zero) in enumerate(topologies):
+        ds = ds_config(tmp_path, stage, precision, **zero)
+        out = tmp_path / f"load-{i}"
+        found = run_ranks(world, load_and_save, tiny, str(ds), str(out))
+        runs.assert_same_bits(expected, runs.state_of(out, 3))
         # The working weights are the rounded masters, on every rank.
-        dtype = torch.bfloat16 if precision else torch.float32
         for weights in found:
             for name, values in weights.items():
                 master = expected[f"fp32/{name}"].to(dtype).double()
                 assert torch.equal(torch.tensor(values).view(-1), master.view(-1)), name
+        tiny["run"] = out
 
 
 def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[float]]:
@@ -108,6 +114,41 @@ def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[flo
             weights[name] = p.detach().double().flatten().tolist()
     distributed.shutdown()
     return weights
+
+
+def values_read(tiny: dict[str, Any], ds: str) -> tuple[int, int]:
+    """How many values a rank reads to load a checkpoint, and how many that holds."""
+    from dit_ds import rundir, train, zero_config
+    from dit_ds.loader import Split
+    from dit_ds.manifest import Manifest
+
+    distributed.init()
+    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
+    sizes = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))["weights"]["model"]
+    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
+    engine = train.build_engine(cfg, tree, split, sizes)
+    found = restore.newest(Path(tiny["run"]) / "checkpoints")
+    assert found is not None
+    read, count = archive.Ranges.read, 0
+
+    def counted(self: Any, key: str, name: str, offset: int, out: torch.Tensor) -> None:
+        nonlocal count
+        count += out.numel()
+        read(self, key, name, offset, out)
+
+    archive.Ranges.read = counted  # type: ignore[method-assign]
+    restore.load(engine, found)
+    return count, len(found.index.keys) * sum(p.numel for p in found.index.parameters.values())
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 3)])
+def test_a_rank_reads_only_what_it_needs(
+    saved: dict[str, Any], tmp_path: Path, stage: int, world: int
+) -> None:
+    found = run_ranks(world, values_read, saved, str(ds_config(tmp_path, stage, FP32)))
+    total = found[0][1]
+    assert sum(count for count, _ in found) == total
+    assert all(count <= 1.1 * total / world for count, _ in found)
 
 
 @pytest.fixture
@@ -161,6 +202,19 @@ def test_damage_is_named_and_the_one_before_is_used(
     assert runs.losses(saved["run"]) == expected and newest(str(root)) == 6
 
 
+def test_strict_goes_on_from_no_earlier_checkpoint(saved: dict[str, Any]) -> None:
+    part = saved["six"] / "rank-00001.safetensors"
+    good = part.read_bytes()
+    part.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    arguments = runs.arguments(saved, saved["ds"], "train.steps=7")
+    told = run_ranks(2, runs.train, *arguments, "--strict", expect=2)
+    assert f"error: {part}: altered" in told[0] and "leave --strict out" in told[0]
+    assert steps_of(saved["run"]) == [3, 6]
+    part.write_bytes(good)
+    run_ranks(2, runs.train, *arguments, "--strict")
+    assert steps_of(saved["run"]) == [3, 6, 7]
+
+
 def test_no_usable_checkpoint_is_not_a_fresh_start(saved: dict[str, Any]) -> None:
     for part in saved["run"].glob("checkpoints/*/rank-00000.safetensors"):
         part.write_bytes(b"")
@@ -185,14 +239,58 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(saved: dict[str, Any]
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003", "step-00000006"]
 
 
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*"))
+
+
 def test_old_checkpoints_are_removed_after_new_ones_are_committed(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     ds = ds_config(tmp_path, 1, FP32)
     arguments = runs.arguments(tiny, ds, "train.checkpoint_every=1", "train.keep_checkpoints=2")
-    run_ranks(1, runs.train, *arguments)
-    root = tiny["run"] / "checkpoints"
-    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000005", "step-00000006"]
+    run_ranks(1, runs.train, *arguments, "train.keep_every=3", "train.steps=11")
+    assert steps_of(tiny["run"]) == [3, 6, 9, 10, 11]
+
+
+def test_the_best_by_a_metric_stays(tiny: dict[str, Any], tmp_path: Path) -> None:
+    make_latents(tmp_path / "other", counts=(9,), first=1000)
+    best = "validation/loss"
+    arguments = [
+        *runs.arguments(tiny, ds_config(tmp_path, 2, FP32), "train.keep_checkpoints=1"),
+        *(f"train.keep_best={best}", f"validation.path={tmp_path / 'other'}"),
+        *("validation.every=1", "train.checkpoint_every=1", "optimizer.lr=0.05"),  # too large
+    ]
+    run_ranks(2, runs.train, *arguments, "train.steps=8")
+    values = {int(m["step"]): m[best] for m in runs.metrics(tiny["run"]) if best in m}
+    least = min(values, key=lambda step: values[step])
+    assert least < 8  # or nothing is shown
+    assert steps_of(tiny["run"]) == [least, 8]
+    found = archive.Checkpoint.open(tiny["run"] / "checkpoints" / f"step-{least:08d}")
+    assert found.index.metrics[best] == values[least]
+    # Also across a resume, where a better one takes its place.
+    run_ranks(2, runs.train, *arguments, "train.steps=10")
+    values = {int(m["step"]): m[best] for m in runs.metrics(tiny["run"]) if best in m}
+    kept = min((step for step in values if step in (least, 8, 9, 10)), key=lambda s: values[s])
+    assert steps_of(tiny["run"]) == sorted({kept, 10})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["train.keep_every=4"], "train.keep_every=4 is not a multiple of train.checkpoint_every"),
+        (["train.keep_best=validation/loss"], "needs validation.path"),
+        (
+            ["train.keep_best=validation/loss", "validation.path=x", "validation.every=2"],
+            "set validation.every=3",
+        ),
+        (["train.keep_best=fid"], "train.keep_best=fid"),
+    ],
+)
+def test_rules_that_cannot_work_are_refused(
+    tiny: dict[str, Any], settings: list[str], sentence: str
+) -> None:
+    with pytest.raises(config.ConfigError, match=sentence):
+        config.load(str(tiny["recipe"]), settings)
 
 
 def test_a_damaged_newest_checkpoint_never_pushes_out_a_good_one(saved: dict[str, Any]) -> None:
