@@ -273,7 +273,7 @@ def module_shapes(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 def unsharded(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Buffers and frozen parameters of a checkpoint."""
-    with _opened(checkpoint.path / MODULE) as file:
+    with _opened(checkpoint.path / MODULE, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -296,9 +296,10 @@ def _size(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str = "np") -> Iterator[Any]:
+    # For its header alone not with torch, which cannot map a file larger than the memory.
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} is damaged ({str(e)!r:.200})") from e

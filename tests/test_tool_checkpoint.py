@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -259,6 +263,15 @@ def test_verify_names_every_fault(run: Path, tool: Callable[..., str]) -> None:
     assert "--step 5: there are checkpoints of the steps 8, 6, 4, 2" in told
 
 
+def test_verify_shows_its_progress_on_a_terminal(run: Path) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    subprocess.run([sys.executable, str(TOOL), "verify", str(run)], stderr=theirs, check=True)
+    assert b"checking step-00000008:   0%" in os.read(ours, 1000)
+    os.close(ours)
+    os.close(theirs)
+
+
 # prune
 
 
@@ -288,7 +301,7 @@ def test_prune_keeps_what_the_rule_names(
     assert facts(told) == planned | {"dry_run": False, "free_bytes": facts(told)["free_bytes"]}
     assert facts(told)["removed"] == [at(run, s).name for s in gone]
     assert facts(told)["freed_bytes"] == sum(sizes[s] for s in gone)
-    assert told.count("removed ") == len(gone)
+    assert told.count("not kept by the rule") == len(gone)
     tool("prune", run, *arguments)
     assert steps(run) == stay
 
@@ -448,8 +461,8 @@ def test_the_command_prunes_on_a_full_disk_while_a_training_runs(run: Path, trai
 
 
 def test_ctrl_c_does_not_wait_for_the_rest(run: Path) -> None:
-    # 64 GB of nothing, which take no room and half a minute to read.
-    num_bytes, zeros = 1 << 36, hashlib.sha256(bytes(archive.CHUNK_BYTES)).hexdigest()
+    # 256 GB of nothing, more than the memory, which take no room and minutes to read.
+    num_bytes, zeros = 1 << 38, hashlib.sha256(bytes(archive.CHUNK_BYTES)).hexdigest()
     header = {"x": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}
     text = json.dumps(header).encode()
     path = at(run, 6) / archive.MODULE

@@ -128,20 +128,20 @@ def _about(checkpoint: Checkpoint) -> Facts:
 
 def _line(row: Facts) -> str:
     """A checkpoint in one line."""
-    cells = [f"{row['name']}  {_size(row['num_bytes']):>8}"]
+    cells = [f"{row['name']}  {_size(row['num_bytes']):>9}"]
     if "step" in row:
         images = "?" if row["images_seen"] is None else row["images_seen"]
         ranks = f"{row['world_size']} rank{'s' if row['world_size'] > 1 else ''}"
         cells += [f"{images} images", row["saved_at"]]
         cells += [f"{ranks}, ZeRO {row['zero_stage']}, {row['precision'] or '?'}"]
-        metrics = sorted(row["metrics"].items())
-        shown = [f"{name}={value:.4g}" for name, value in metrics[:_MOST_METRICS]]
-        cells += [" ".join(shown + ["..."] * (len(metrics) > _MOST_METRICS))] if shown else []
     cells.append(f"FAULT: {row['fault']}" if row["fault"] else "ok")
     cells += ["latest"] if row["latest"] else []
     cells += ["a resume goes on from here"] if row["resumed"] else []
     cells += ["stays"] if row["kept"] else []
     cells += ["newer than latest: ignored, removed at the next save"] if row["newer"] else []
+    metrics = sorted(row.get("metrics", {}).items())
+    cells += [f"{name}={value:.4g}" for name, value in metrics[:_MOST_METRICS]]
+    cells += ["..."] if len(metrics) > _MOST_METRICS else []
     return "  ".join(cells)
 
 
@@ -161,7 +161,7 @@ def _verify(root: Path, args: argparse.Namespace) -> Facts:
         if not path.is_dir():
             _say(f"{path.name}  removed meanwhile")
             continue
-        _say(f"{path.name}  {len(found)} faults" if found else f"{path.name}  ok, every byte")
+        _say(f"{path.name}  {'NOT WHOLE' if found else 'ok, every byte'}")
         for fault in found:
             _say(f"FAULT: {fault}")
         faults += found
@@ -210,8 +210,9 @@ def _carry_out(root: Path, plan: retention.Plan, dry_run: bool) -> Facts:
     free = shutil.disk_usage(root).free
     faults = []
     if plan.stay:
-        told = f"kept {plan.keep}; {len(removed)} removed, which frees {_size(freed)}"
-        _say(f"{'dry run: ' if dry_run else ''}{told}; {_size(free)} free on the disk")
+        done = "would remove {}, and free {}" if dry_run else "removed {}, and freed {}"
+        told = done.format(len(removed), _size(freed))
+        _say(f"the rule keeps {plan.keep}; {told}; {_size(free)} free on the disk now")
     else:
         faults = [f"no checkpoint in {root} that a resume would take is whole: nothing was removed"]
         _say(f"FAULT: {faults[0]}")
