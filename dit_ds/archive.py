@@ -241,9 +241,10 @@ class Ranges:
             low, high = max(offset, start), min(stop, start + length)
             if low < high:
                 if file not in self._open:
-                    self._open[file] = safe_open(self._checkpoint.path / file, "pt")
+                    # Not with torch, which cannot map a file larger than the memory.
+                    self._open[file] = safe_open(self._checkpoint.path / file, "np")
                 piece = self._open[file].get_slice(f"{key}/{name}")[low - start : high - start]
-                out[low - offset : high - offset].copy_(piece)
+                out[low - offset : high - offset].copy_(torch.from_numpy(piece))
 
     def whole(self, key: str, name: str) -> torch.Tensor:
         """One parameter's `key`, float32, on the CPU."""

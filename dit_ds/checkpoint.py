@@ -314,10 +314,11 @@ class _NoRoom(OSError):
 
 def _check_room(root: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(root).free
-    if free < num_bytes + _SPARE_BYTES:
+    needed = num_bytes + _SPARE_BYTES
+    if free < needed:
         raise _NoRoom(
-            f"it takes {num_bytes / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {root}; make "
-            "room (`tools/checkpoint.py prune` removes old ones), or lower train.keep_checkpoints"
+            f"{root} needs {needed / 1e9:.3f} GB for it, and has {free / 1e9:.3f} GB; make room "
+            "(`tools/checkpoint.py prune` removes old ones), or lower train.keep_checkpoints"
         )
 
 

