@@ -51,14 +51,21 @@ _NAMES_BY_KIND = {
     ),
     "BF16_Optimizer": (
         "fp32_groups_flat_partition", "bf16_groups", "bf16_groups_flat", "real_dp_process_group",
-        "update_lp_params", "_lazy_init_hp_params_optimizer_state",
+        "update_lp_params", "_lazy_init_hp_params_optimizer_state", "_hp_optimizer_states_linked",
     ),
     "stage 1 or 2": (
         "single_partition_of_fp32_groups", "bit16_groups", "bit16_groups_flat",
         "real_dp_process_group", "update_lp_params", "_lazy_init_hp_params_optimizer_state",
+        "_hp_optimizer_states_linked",
     ),
     "stage 0": ("param_groups", "state"),
 }  # fmt: skip
+_NAMES_OF_ENGINE = (
+    "basic_optimizer", "optimizer", "param_names", "global_steps", "global_samples",
+    "skipped_steps", "micro_steps",
+)  # fmt: skip
+_NAMES_OF_STAGE_3_PARAMETER = ("ds_id", "ds_shape", "ds_numel", "ds_tensor", "partition_numel")
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _kind(engine: Any) -> str:
@@ -70,20 +77,46 @@ def _kind(engine: Any) -> str:
 
 
 def check_engine(engine: Any) -> None:
-    """Refuse an engine whose layout is not the one this file knows.
+    """Refuse an engine whose layout is not the one this file knows, by its names and its values.
 
     Raises:
-        ValueError: names DeepSpeed's version, what is missing and the remedy.
+        ValueError: names DeepSpeed's version, what is missing or wrong, and the remedy.
     """
-    kind, expected = _kind(engine), engine.zero_optimization_stage()
-    missing = [n for n in _NAMES_BY_KIND[kind] if not hasattr(engine.optimizer, n)]
+    kind, stage = _kind(engine), engine.zero_optimization_stage()
     known = {"stage 3": (3,), "BF16_Optimizer": (1,), "stage 1 or 2": (1, 2), "stage 0": (0,)}[kind]
-    if missing or expected not in known:
+    parameters = dict(engine.module.named_parameters())
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    wanted: list[tuple[Any, tuple[str, ...]]] = [
+        (engine, _NAMES_OF_ENGINE),
+        (engine.optimizer, _NAMES_BY_KIND[kind]),
+        (scaler, _SCALER_FIELDS if getattr(scaler, "dynamic", False) else ()),
+    ]
+    if kind == "stage 3":
+        wanted += [(p, _NAMES_OF_STAGE_3_PARAMETER) for p in parameters.values()]
+    faults = [f"no {name}" for thing, names in wanted for name in names if not hasattr(thing, name)]
+    if stage not in known:
+        faults.append(f"its layout is that of {kind}")
+    if not faults:
+        # Names may stay when their meaning changes: each master must round to its weight.
+        for flat in flats(engine):
+            for f in flat.fragments:
+                weights = _local_weights(parameters[f.name], f)
+                masters = flat.tensor.detach().view(-1)[f.start : f.start + f.length]
+                if not torch.equal(masters.to(weights), weights):
+                    faults.append(f"the master weights of {f.name} are not where they were")
+    if faults:
         raise ValueError(
-            f"deepspeed=={deepspeed.__version__} keeps the state of ZeRO stage {expected} in an "
-            f"unknown way ({type(engine.optimizer).__name__}, missing {missing}); install the "
-            "version that constraints.txt pins"
+            f"deepspeed=={deepspeed.__version__} keeps the state of ZeRO stage {stage} in an "
+            f"unknown way ({type(engine.optimizer).__name__}: {', '.join(faults[:3])}); install "
+            "the version that constraints.txt pins"
         )
+
+
+def _local_weights(p: torch.Tensor, fragment: Fragment) -> torch.Tensor:
+    """The working weights of a fragment, (length,)."""
+    if hasattr(p, "ds_tensor"):  # this rank's partition begins where its fragment does
+        return p.ds_tensor.detach().view(-1)[: fragment.length]
+    return p.detach().view(-1)[fragment.offset : fragment.offset + fragment.length]
 
 
 def client_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -230,9 +263,6 @@ def gathered(tensor: torch.Tensor, *, write: bool = False) -> Iterator[None]:
             yield
     else:
         yield
-
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -114,6 +115,48 @@ def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[flo
             weights[name] = p.detach().double().flatten().tolist()
     distributed.shutdown()
     return weights
+
+
+def build_an_engine(tiny: dict[str, Any], ds: str, break_it: str) -> str:
+    """What is said of an engine of a DeepSpeed that changed."""
+    from dit_ds import rundir, train, zero, zero_config
+    from dit_ds.loader import Split
+    from dit_ds.manifest import Manifest
+
+    if break_it == "a name":
+        zero._NAMES_BY_KIND = {k: (*v, "gone") for k, v in zero._NAMES_BY_KIND.items()}
+    elif break_it == "the layout":
+        found = zero.flats
+
+        def shifted(engine: Any) -> list[zero.Flat]:
+            first, *others = found(engine)
+            moved = [dataclasses.replace(f, length=f.length - 1, start=f.start + 1)
+                     for f in first.fragments]  # fmt: skip
+            return [dataclasses.replace(first, fragments=tuple(moved)), *others]
+
+        zero.flats = shifted
+    distributed.init()
+    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
+    sizes = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))["weights"]["model"]
+    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
+    try:
+        train.build_engine(cfg, tree, split, sizes)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_another_deepspeed_is_refused_before_the_first_step(
+    tiny: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    ds = str(ds_config(tmp_path, stage, BF16 if stage in (1, 3) else FP32))
+    assert set(run_ranks(2, build_an_engine, tiny, ds, "")) == {""}
+    (said,) = run_ranks(1, build_an_engine, tiny, ds, "a name")
+    assert "unknown way" in said and "no gone" in said and "constraints.txt" in said
+    if stage > 0:
+        (said,) = run_ranks(1, build_an_engine, tiny, ds, "the layout")
+        assert "the master weights of " in said and "are not where they were" in said
 
 
 def values_read(tiny: dict[str, Any], ds: str) -> tuple[int, int]:
