@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -301,7 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(arguments)
+    try:
+        words = launched.arguments(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as e:
+        parser.error(str(e))
+    args = parser.parse_intermixed_args(words)
     requests = launched.Requests()
     try:
         distributed.init()

@@ -2,6 +2,7 @@
 # Installs what the tests need and runs them; arguments go to pytest.
 #   bash launch/test.sh                            checks of style and types, and the tests that take seconds
 #   bash launch/test.sh --slow                     also those that take minutes
+#   bash launch/test.sh --multinode                those on several hosts, made out of namespaces (needs root)
 #   bash launch/test.sh tests/test_digits.py -x    some of them
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
@@ -13,9 +14,20 @@ selection=()
 if [[ " $* " == *" --slow "* ]]; then
   selection=(-m "not gpu and not multinode")
 fi
+if [[ " $* " == *" --multinode "* ]]; then
+  selection=(-m multinode)
+  PATH=$PATH:/usr/sbin:/sbin
+  have() { for program; do command -v "$program" > /dev/null || return; done; }
+  if ! have sshd ssh pdsh ip && have apt-get && ((EUID == 0)); then
+    say "Installing ssh, pdsh and iproute2"
+    packages=(openssh-server openssh-client pdsh iproute2 procps)
+    # Where that fails the tests say what is missing, and skip.
+    { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -qy install --no-install-recommends "${packages[@]}"; } || true
+  fi
+fi
 arguments=()
 for argument in "$@"; do
-  [[ $argument == --slow ]] || arguments+=("$argument")
+  [[ $argument == --slow || $argument == --multinode ]] || arguments+=("$argument")
 done
 
 say "Checking style and types"

@@ -23,23 +23,33 @@ check_hostfile() {
   fi
 }
 
+# What comes to other hosts is read once more by a shell there, which must find nothing to change.
+encode() {
+  if [[ $1 =~ ^[A-Za-z0-9_./=:,+@%-]+$ && $1 != base64:* ]]; then
+    printf %s "$1"
+  else
+    printf base64: && printf %s "$1" | base64 --wrap 0
+  fi
+}
+
 is_here() { [[ " localhost 127.0.0.1 ::1 $(hostname) $(hostname -s) $(hostname -I) " == *" $1 "* ]]; }
 
-launcher=() here=()
+launcher=() here=() words=() far=
 while (($#)) && [[ $1 != --config && $1 != --config=* ]]; do launcher+=("$1") && shift; done
 (($#)) || die "--config is missing; name a recipe, e.g. --config quickstart."
 
 for ((i = 0; i < ${#launcher[@]}; i++)); do
   case ${launcher[i]} in
-    --ho*=*) check_hostfile "${launcher[i]#*=}" "${launcher[@]}" ;;
-    -H | --ho*) check_hostfile "${launcher[i + 1]:-}" "${launcher[@]}" ;; # argparse takes --host too
-    -H*) check_hostfile "${launcher[i]#-H}" "${launcher[@]}" ;;
+    --ho*=*) far=1 && check_hostfile "${launcher[i]#*=}" "${launcher[@]}" ;;
+    -H | --ho*) far=1 && check_hostfile "${launcher[i + 1]:-}" "${launcher[@]}" ;; # argparse takes --host too
+    -H*) far=1 && check_hostfile "${launcher[i]#-H}" "${launcher[@]}" ;;
   esac
 done
+for word in "$@"; do words+=("$([[ $far ]] && encode "$word" || printf %s "$word")"); done
 
 environment=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin
 if ! command -v deepspeed > /dev/null; then
   [[ -x $environment/deepspeed ]] || die "There is no \`deepspeed\` on PATH; activate the environment, or make one with \`bash launch/quickstart.sh\`."
   PATH=$environment:$PATH
 fi
-exec deepspeed "${here[@]}" "${launcher[@]}" --module dit_ds.train "$@"
+exec deepspeed "${here[@]}" "${launcher[@]}" --module dit_ds.train "${words[@]}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from dit_ds import launched
 
 REPO = Path(__file__).parents[1]
 SCRIPTS = [*sorted((REPO / "launch").glob("*.sh")), REPO / ".ci" / "run"]
@@ -58,7 +61,7 @@ def test_train_puts_the_module_between_its_options_and_deepspeeds(
         **echoing,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert launched.arguments(done.stdout.splitlines()) == [
         *("--no_ssh_check", "--master_addr", "127.0.0.1"),  # this machine is not asked by ssh
         *("--hostfile", str(REPO / "launch" / "hosts"), "--include", "localhost:0"),
         *("--module", "dit_ds.train", "--config", "a recipe", "train.steps=2"),
@@ -166,3 +169,23 @@ def test_a_failed_install_is_tried_again(copy: Path, tmp_path: Path) -> None:
         done = use(copy, VIRTUAL_ENV=str(active))
         assert done.returncode == 1 and "installs" in done.stdout
         assert "pip could not install" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_words_come_through_a_shell_as_they_were() -> None:
+    words = ["data.path=/a b", "", "base64:x", "ä='\"$HOME`;\\\n", "--config", "x=[1, 2]", "a=b"]
+    script = (REPO / "launch" / "train.sh").read_text()
+    encode = script[script.index("encode()") : script.index("is_here()")]
+    sent = [
+        subprocess.run(
+            ["bash", "-c", encode + 'encode "$1"', "bash", word],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for word in words
+    ]
+    assert all(re.fullmatch(r"[\w./=:,+@%-]+", word, re.ASCII) for word in sent)
+    assert sent[4] == "--config" and sent[-1] == "a=b"  # what is plain stays readable
+    assert launched.arguments(sent) == words
+    with pytest.raises(ValueError, match="base64:%%% cannot be decoded"):
+        launched.arguments(["base64:%%%"])
