@@ -131,7 +131,6 @@ def train(
     keep = retention.Keep(
         cfg.train.keep_checkpoints, every=cfg.train.keep_every, best=cfg.train.keep_best
     )
-    checkpoints = checkpoint.Checkpoints(engine, root, keep)
     saved_step = state.step
 
     def loss_of(model: Any, micro: MicroBatch) -> dict[str, torch.Tensor]:
@@ -170,6 +169,8 @@ def train(
     ):
         # Not before the loader: what it refuses must not fix the settings of a run.
         rundir.write(run, cfg, ds_config, step=state.step)
+        # Nor before its workers are forked: they would keep a copy of what is staged.
+        checkpoints = checkpoint.Checkpoints(engine, root, keep)
         while not state.done:
             lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
             optim.set_learning_rate(zero.client_optimizer(engine), lr)
