@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.multinode.lab import Lab, why_not
+from tests.test_extract import vae  # noqa: F401 - a fixture
 
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests import runs
 from tests.conftest import REPO, run_ranks
 from tests.multinode.conftest import DEEPSPEED, start, told
 from tests.multinode.lab import Lab
+from tests.test_extract import data, make_images
 
 pytestmark = pytest.mark.multinode
 ODD = """a $HOME "b"; 'c' {d} & `e` \\ *"""
@@ -61,3 +63,14 @@ def test_hosts_by_hand_train_as_one_does_and_one_goes_on_alone(
     # What two hosts saved, one rank loads.
     run_ranks(1, runs.train, *runs.arguments(tiny, ds, *LENGTH))
     assert runs.losses(tiny["run"]) == pytest.approx(of_one_host(tiny, tmp_path, ds), rel=1e-5)
+
+
+def test_two_hosts_extract_as_one_does(lab: Lab, vae: str, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", each=40)
+    tool = [str(REPO / "tools" / "precompute_latents.py"), "--images", str(images), "--vae", vae]
+    tool += ["--image-size", "16", "--batch-size", "3", "--samples-per-shard", "4"]
+    hostfile = lab.hostfile(tmp_path / "hosts", hosts=["n1", "n2"])
+    two = [DEEPSPEED, "--hostfile", str(hostfile), *tool, "--out", str(tmp_path / "two")]
+    told(start(lab, "n1", tmp_path, *two))
+    told(start(lab, "n3", tmp_path, sys.executable, *tool, "--out", str(tmp_path / "one")))
+    assert data(tmp_path / "two") == data(tmp_path / "one")
