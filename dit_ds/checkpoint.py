@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
+from tqdm import tqdm
 
 from dit_ds import __version__, distributed, files, zero
 from dit_ds.archive import MASTER, MODULE
 from dit_ds.checkpoint_index import FORMAT, Engine, File, Index, Parameter, Range, index_text
 from dit_ds.parallel import in_background
-from dit_ds.retention import Keep, folder, remove, remove_leftovers, tidy
+from dit_ds.retention import Keep, committed, folder, remove, remove_leftovers, tidy
 from dit_ds.staging import Staging, write
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,12 +49,16 @@ class DiskFull(distributed.RankError):
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that was saved: what it took. pause_seconds: how long the training waited."""
+    """A checkpoint that was saved: what it took.
+
+    pause_seconds: how long the training waited. removed: what went since the one before.
+    """
 
     path: Path
     num_bytes: int
     pause_seconds: float
     write_seconds: float
+    removed: list[str]
 
 
 @dataclass
@@ -83,7 +88,8 @@ class Checkpoints:
     def __init__(self, engine: Any, root: Path, keep: Keep) -> None:
         self._engine, self._root, self._keep = engine, root, keep
         self._pending: _Pending | None = None
-        self._tidying: Future[None] | None = None
+        self._tidying: Future[list[str]] | None = None
+        self._removed: list[str] = []
         # Ranks of a run that was killed may still be writing: their files must not meet ours.
         self._token = distributed.broadcast_json(secrets.token_hex(4))
         self._num_saves = 0
@@ -98,11 +104,14 @@ class Checkpoints:
                 remove_leftovers(root)
             # Now, because a host with too little memory should not tell in an hour.
             self._staging = Staging({f"{k}/{f.name}": f.length for f in fragments for k in keys})
-        num_bytes = self._sum_of_bytes()
+        # An old one goes only after a new one has come.
+        num_more = max(1, keep.last + 1 - len(committed(root)))
+        num_bytes = self._sum_of_bytes() * num_more
         try:
             _check_room(root, num_bytes)
         except OSError as e:
-            distributed.warn_main(f"no checkpoint could be written now: {e}")
+            many = f"{num_more} checkpoints" if num_more > 1 else "a checkpoint"
+            distributed.warn_main(f"there is no room for {many} now: {e}; {_remedy(root)}")
 
     def save(self, *, step: int, about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Copy the state into host memory and begin to write it, after the save before this one.
@@ -170,7 +179,9 @@ class Checkpoints:
                     pending.num_bytes,
                     pause_seconds=pending.pause_seconds + now - began,
                     write_seconds=now - pending.began,
+                    removed=self._removed,
                 )
+                self._removed = []
         if wait:
             self._finish_tidying()
         return done
@@ -219,9 +230,11 @@ class Checkpoints:
     def _finish_tidying(self) -> None:
         """Old checkpoints that cannot be removed are told, and end nothing."""
         if self._tidying is not None:
-            error, self._tidying = self._tidying.exception(), None
-            if error is not None:
-                distributed.print_main(f"WARNING: an old checkpoint was not removed: {error}")
+            try:
+                self._removed += self._tidying.result()
+            except OSError as e:
+                distributed.warn_main(f"an old checkpoint was not removed: {e}")
+            self._tidying = None
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:
@@ -239,11 +252,13 @@ class Checkpoints:
                 for aside in self._root.glob(f".*.{self._token}-*.tmp"):
                     shutil.rmtree(aside, ignore_errors=True)
             full = all(isinstance(e, OSError) and e.errno in _FULL for e in errors)
-            kind = distributed.RankError if distributed.reduce_max(float(not full)) else DiskFull
-            raise kind(
+            told = (
                 f"checkpoint {folder(self._root, step)} could not be written: {e}; older "
                 "checkpoints are untouched"
-            ) from e
+            )
+            if distributed.reduce_max(float(not full)):
+                raise distributed.RankError(told) from e
+            raise DiskFull(f"{told}; {_remedy(self._root)}") from e
 
 
 def _state(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
@@ -316,10 +331,15 @@ def _check_room(root: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(root).free
     needed = num_bytes + _SPARE_BYTES
     if free < needed:
-        raise _NoRoom(
-            f"{root} needs {needed / 1e9:.3f} GB for it, and has {free / 1e9:.3f} GB; make room "
-            "(`tools/checkpoint.py prune` removes old ones), or lower train.keep_checkpoints"
-        )
+        needs, has = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
+        raise _NoRoom(f"{root} needs {needs} for it, and has {has}")
+
+
+def _remedy(root: Path) -> str:
+    return (
+        f"make room (`python tools/checkpoint.py prune {root.parent} --keep 1`), or set "
+        "train.keep_checkpoints lower"
+    )
 
 
 def _wait_for(aside: Path, index: Index) -> None:

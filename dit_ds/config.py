@@ -133,7 +133,7 @@ class Train(Section):
     """How many of the newest stay."""
     keep_every: NonNegative = 0
     """Those whose step is a multiple of this stay too; 0 for none."""
-    keep_best: Literal["", "validation/loss", "validation_ema/loss"] = ""
+    keep_best: Literal["validation/loss", "validation_ema/loss"] | None = None
     """The one with the least of this metric stays too."""
 
 

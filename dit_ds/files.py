@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +42,20 @@ def lock(path: Path) -> IO[bytes]:
     Raises:
         ValueError: another process holds it.
     """
-    file = open(path, "ab")  # noqa: SIM115 - held open
+    file = open(path, "a+b")  # noqa: SIM115 - held open
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip() or "another process"
         file.close()
         if e.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(f"{path.parent} is in use by another process") from e
+            raise ValueError(f"{path.parent} is in use by {holder}") from e
         raise
+    with contextlib.suppress(OSError):  # it is held, even where the disk is too full to say by whom
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        file.flush()
     return file
 
 

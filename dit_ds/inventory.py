@@ -69,6 +69,7 @@ def rule_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {}
     last, every, best = (tree.get(f"keep_{name}") for name in ("checkpoints", "every", "best"))
+    best = "" if best is None else best
     fits = type(last) is type(every) is int and isinstance(best, str) and last > 0 <= every
     return {"last": last, "every": every, "best": best} if fits else {}
 
@@ -133,8 +134,8 @@ def plan(root: Path, asked: dict[str, Any], *, alone: bool) -> Plan:
         else:
             remove[f.path] = damage or "not kept by the rule"
     for path in leftovers(root):
-        (remove if alone else leave)[path] = "of a save that was not committed"
-    if not stay:
+        (remove if alone else leave)[path] = "of a save that was not committed, or of a removal"
+    if found and not stay:
         remove, leave = {}, leave | remove
     return Plan(keep, kept, remove, leave)
 
@@ -146,7 +147,7 @@ def _rule(good: list[Checkpoint], asked: dict[str, Any]) -> Keep:
     if asked.get("best") and not any(asked["best"] in c.index.metrics for c in good):
         metrics = sorted({name for c in good for name in c.index.metrics})
         raise ValueError(
-            f"--keep-best {asked['best']}: was measured at no checkpoint; choose one of "
-            f"{', '.join(metrics[:8]) or 'those that later checkpoints have'}"
+            f"--keep-best {asked['best']}: was measured at no checkpoint; "
+            + (f"choose one of {', '.join(metrics[:8])}" if metrics else "nothing was")
         )
     return Keep(**settings)

@@ -6,6 +6,7 @@ the ZeRO stage may differ from those of the save.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,27 @@ from dit_ds.archive import (
     unsharded,
 )
 from dit_ds.checkpoint_index import Index
-from dit_ds.retention import committed, latest, step_of
+from dit_ds.retention import committed, latest
 
 
 def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
     """The newest usable checkpoint, verified, the same on every rank; a collective.
 
-    Rank 0 picks and tells the others, because shared file systems lag; ranks share the checksums. A
-    damaged checkpoint is named in a warning and the one before it is taken; `strict` refuses.
+    Rank 0 picks and tells the others, because shared file systems lag; ranks share the checksums.
+    Newer ones than `latest` names are not looked at: they were never told of, or somebody went
+    back. A damaged one, or a `latest` that names none, is told in a warning and the one before it
+    is taken; `strict` refuses.
 
     Raises:
         RankError: there are checkpoints and none of them is usable, or `strict` and a damaged one.
     """
-    names: list[str] = []
-    with distributed.agreed():
-        if distributed.is_main():
-            paths, last = committed(root), latest(root)
-            # Newer ones were renamed but never told of, or somebody went back.
-            names = [p.name for p in paths if last is None or step_of(p) <= step_of(last)]
-    faults: list[str] = []
-    for name in distributed.broadcast_json(names):
+    names, newer, faults = _candidates(root)
+    others = f"{', '.join(newer)} in {root}, newer than the one that `latest` names"
+    for name in names:
         try:
             with distributed.agreed():
+                if faults and strict:
+                    raise CheckpointError(faults[0])
                 checkpoint = Checkpoint.open(root / name)
                 checkpoint.verify(distributed.rank(), distributed.world_size())
         except distributed.RankError as e:
@@ -58,13 +58,39 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
                 "damaged checkpoint skipped: " + "\n".join(faults) + "\n"
                 f"the one of step {checkpoint.step} is used instead: {checkpoint.path}"
             )
+        if newer:
+            distributed.print_main(f"not used, and removed at the next save: {others}")
         return checkpoint
     if faults:
         raise distributed.RankError(
-            f"no checkpoint in {root} is usable:\n" + "\n".join(faults) + "\n"
-            "move that folder away to start from the beginning"
+            f"no checkpoint in {root} is usable:\n"
+            + "\n".join(faults)
+            + "\n"
+            + (
+                f"to go on from {others}, write its name into `latest`"
+                if newer
+                else "move that folder away to start from the beginning"
+            )
         )
     return None
+
+
+def _candidates(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of those that may be used, newest first; of newer ones; and what is wrong already."""
+    names: list[str] = []
+    newer: list[str] = []
+    faults: list[str] = []
+    with distributed.agreed():
+        if distributed.is_main():
+            last = latest(root)
+            names = [path.name for path in committed(root)]
+            if last is not None and last.name in names:
+                newer = names[: names.index(last.name)]
+                names = names[len(newer) :]
+            elif os.path.lexists(root / "latest"):  # there was one
+                faults.append(f"{root / 'latest'} names no checkpoint that is there")
+    names, newer, faults = distributed.broadcast_json([names, newer, faults])
+    return names, newer, faults
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> None:

@@ -75,28 +75,31 @@ def latest(root: Path) -> Path | None:
     return next((path for path in committed(root) if path.name == name), None)
 
 
-def tidy(root: Path, keep: Keep, *, newest: int) -> None:
+def tidy(root: Path, keep: Keep, *, newest: int) -> list[str]:
     """Remove what `keep` does not name, after the checkpoint of step `newest` was committed.
 
     Steps above that go too: they were damaged or never told of, or training would have gone on from
     them. Damaged ones below do not count, and are left to `tools/checkpoint.py prune`.
 
+    Returns:
+        The names of those that went.
+
     Raises:
         OSError: something could not be removed.
     """
-    whole = []
-    for path in committed(root):
-        if step_of(path) > newest:
-            remove(path)
-            continue
-        with contextlib.suppress(CheckpointError):
-            checkpoint = Checkpoint.open(path)
-            checkpoint.check_headers()
-            whole.append(checkpoint)
+    paths, whole = committed(root), []
+    gone = [path for path in paths if step_of(path) > newest]
+    for path in paths:
+        if path not in gone:
+            with contextlib.suppress(CheckpointError):
+                checkpoint = Checkpoint.open(path)
+                checkpoint.check_headers()
+                whole.append(checkpoint)
     stay = keep.of(whole)
-    for checkpoint in whole:
-        if checkpoint.step not in stay:
-            remove(checkpoint.path)
+    gone += [c.path for c in whole if c.step not in stay]
+    for path in gone:
+        remove(path)
+    return [path.name for path in gone]
 
 
 def remove(path: Path) -> None:

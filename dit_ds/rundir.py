@@ -103,7 +103,10 @@ def check_resume(
         before = config.parse(old["config"], source=str(found.path))
     except config.ConfigError as e:
         raise CheckpointError(f"{e!s:.1000}; use the dit_ds that wrote it, or another --run") from e
-    config.check_resume(before, cfg)
+    try:
+        config.check_resume(before, cfg)
+    except config.ConfigError as e:
+        raise ValueError(f"{found.path}: {e}") from e
     if old.get("order", 1) != about["order"]:
         raise ValueError(
             f"{found.path} was made by an earlier dit_ds, which took the samples in another order "
@@ -113,13 +116,13 @@ def check_resume(
     was, now = old.get("precision"), about["precision"]
     if was != now:
         raise ValueError(
-            f"this run was trained in {was!s:.50}, --deepspeed_config asks for {now}; use a file "
-            f"with that, or start another run with --run runs/OTHER_NAME"
+            f"{found.path}: this run was trained in {was!s:.50}, --deepspeed_config asks for "
+            f"{now}; use a file with that, or start another run with --run runs/OTHER_NAME"
         )
     if old.get("dataset") != about["dataset"] and not cfg.data.allow_change:
         raise ValueError(
-            f"data.path={cfg.data.path} is not the data set that this run was trained on; give "
-            "the old one, or set data.allow_change=true to go on with this one"
+            f"data.path={cfg.data.path} is not the data set that this run was trained on (see "
+            f"{found.path}); give the old one, or set data.allow_change=true to go on with this one"
         )
     after, model = about["weights"]["model"], weights.get("model")
     then = model if isinstance(model, dict) else {}

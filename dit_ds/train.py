@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import pydantic
 import torch
+from tqdm import tqdm
 
 from dit_ds import (
     checkpoint,
@@ -129,7 +130,7 @@ def train(
     # The mean over the global batch: DeepSpeed averages over ranks and leaves micro-steps to us.
     share = split.world_size / split.global_batch
     keep = retention.Keep(
-        cfg.train.keep_checkpoints, every=cfg.train.keep_every, best=cfg.train.keep_best
+        cfg.train.keep_checkpoints, every=cfg.train.keep_every, best=cfg.train.keep_best or ""
     )
     saved_step = state.step
 
@@ -142,9 +143,11 @@ def train(
         done = checkpoints.commit(wait=wait)
         if done is not None:
             saved_step = retention.step_of(done.path)
+            size = tqdm.format_sizeof(done.num_bytes, "B")
             monitor.say(
-                f"saved {done.path}: {done.num_bytes / 1e9:.2f} GB in {done.write_seconds:.1f} s, "
-                f"training waited {done.pause_seconds:.2f} s"
+                f"saved {done.path}: {size} in {done.write_seconds:.1f} s, training waited "
+                f"{done.pause_seconds:.2f} s"
+                + (f"; removed {', '.join(done.removed)}" if done.removed else "")
             )
 
     def save(metrics: dict[str, float], *, wait: bool) -> None:

@@ -245,6 +245,37 @@ def test_damage_is_named_and_the_one_before_is_used(
     assert runs.losses(saved["run"]) == expected and newest(str(root)) == 6
 
 
+@pytest.mark.parametrize("text", ["", "step-00000099\n", "../x", None])
+def test_a_latest_that_names_none_is_told(
+    saved: dict[str, Any], text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = saved["run"] / "checkpoints"
+    if text is None:  # what it named is gone
+        shutil.rmtree(saved["six"])
+    else:
+        (root / "latest").write_text(text)
+    with pytest.raises(distributed.RankError, match="latest names no checkpoint that is there"):
+        restore.newest(root, strict=True)
+    assert newest(str(root)) == (3 if text is None else 6)
+    assert "WARNING" in capsys.readouterr().err
+    shutil.rmtree(root / "step-00000003")
+    shutil.rmtree(saved["six"], ignore_errors=True)
+    with pytest.raises(distributed.RankError, match="to start from the beginning"):
+        restore.newest(root)
+
+
+def test_going_back_says_what_it_leaves(
+    saved: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = saved["run"] / "checkpoints"
+    (root / "latest").write_text("step-00000003\n")
+    assert newest(str(root)) == 3
+    assert "not used, and removed at the next save: step-00000006" in capsys.readouterr().out
+    (root / "step-00000003" / "index.json").unlink()
+    with pytest.raises(distributed.RankError, match="go on from step-00000006 .* write its name"):
+        restore.newest(root)
+
+
 def test_strict_goes_on_from_no_earlier_checkpoint(saved: dict[str, Any]) -> None:
     part = saved["six"] / "rank-00001.safetensors"
     good = part.read_bytes()

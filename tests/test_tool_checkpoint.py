@@ -93,7 +93,9 @@ def steps(run: Path) -> list[int]:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() if p.is_file() else b"" for p in run.rglob("*")}
+    """All of a run but who holds it."""
+    paths = [p for p in run.rglob("*") if p.name != ".lock"]
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
 def alter(run: Path, step: int, part: str = "rank-00001.safetensors") -> None:
@@ -480,3 +482,18 @@ def test_ctrl_c_does_not_wait_for_the_rest(run: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == b"interrupted\n"
         assert process.returncode == 130 and time.monotonic() - began < 5
+
+
+def test_what_a_first_save_left_can_be_seen_and_goes(run: Path, tool: Callable[..., str]) -> None:
+    leave_behind(run)
+    for path in retention.committed(run / "checkpoints"):
+        retention.remove(path)
+    assert "left by a killed one" in tool("show", run)
+    assert "freed" in tool("prune", run)
+    assert not retention.leftovers(run / "checkpoints")
+
+
+def test_prune_goes_to_its_end_though_nobody_reads_on(run: Path) -> None:
+    command = f"{sys.executable} {TOOL} prune {run} --keep 1 | head -n 1"
+    subprocess.run(["bash", "-c", command], check=True, capture_output=True, timeout=60)
+    assert steps(run) == [8]

@@ -65,10 +65,10 @@ def _folder(run: Path) -> Path:
     """The folder of the checkpoints of a run, which must have some."""
     root = Path(os.path.abspath(run))  # links stay: a run's lock lies beside its own `checkpoints`
     if not root.is_dir():
-        raise ValueError(f"RUN_DIR={run}: no such folder")
+        raise ValueError(f"RUN_DIR={run}: {'not a' if root.exists() else 'no such'} folder")
     if root.name != "checkpoints" or (root / "checkpoints").is_dir():
         root /= "checkpoints"
-    if not retention.committed(root):
+    if not retention.committed(root) and not retention.leftovers(root):
         raise ValueError(f"RUN_DIR={run}: there are no checkpoints in {root}")
     return root
 
@@ -191,7 +191,7 @@ def _hold(run: Path) -> IO[bytes] | None:
         return None
     try:
         return files.lock(run / ".lock")
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 
@@ -200,20 +200,19 @@ def _carry_out(root: Path, plan: inventory.Plan, dry_run: bool) -> Facts:
         _say(f"stays    {path.name}  {_size(inventory.num_bytes(path))}  ok, every byte")
     for path, why in plan.leave.items():
         _say(f"left     {path.name}  {_size(inventory.num_bytes(path))}  {why}")
-    removed, freed = [], 0
+    sizes = {path: inventory.num_bytes(path) for path in plan.remove}
+    for path in () if dry_run else plan.remove:  # all of them, whoever reads what is said
+        retention.remove(path)
     for path, why in plan.remove.items():
-        num_bytes = inventory.num_bytes(path)
-        if not dry_run:
-            retention.remove(path)
-        _say(f"{'would go' if dry_run else 'removed '} {path.name}  {_size(num_bytes)}  {why}")
-        removed.append(path.name)
-        freed += num_bytes
+        _say(f"{'would go' if dry_run else 'removed '} {path.name}  {_size(sizes[path])}  {why}")
+    removed, freed = [path.name for path in plan.remove], sum(sizes.values())
     free = shutil.disk_usage(root).free
     faults = []
-    if plan.stay:
+    if plan.stay or plan.remove:
         done = "would remove {}, and free {}" if dry_run else "removed {}, and freed {}"
         told = done.format(len(removed), _size(freed))
-        _say(f"the rule keeps {plan.keep}; {told}; {_size(free)} free on the disk now")
+        rule = f"the rule keeps {plan.keep}; " if plan.keep else ""
+        _say(f"{rule}{told}; {_size(free)} free on the disk now")
     else:
         faults = [f"no checkpoint in {root} that a resume would take is whole: nothing was removed"]
         _say(f"FAULT: {faults[0]}")
