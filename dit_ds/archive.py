@@ -61,6 +61,25 @@ def chunks_of(data: memoryview) -> list[memoryview]:
     return [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
 
 
+def gap(sizes: dict[str, int], parts: Sequence[dict[str, Range]]) -> str:
+    """How the parts fail to hold every value of every parameter once; empty if they do."""
+    ranges: dict[str, list[Range]] = {name: [] for name in sizes}
+    for part in parts:
+        for name, found in part.items():
+            if name not in ranges:
+                return f"it has ranges of an unknown {name}"
+            ranges[name].append(found)
+    for name, size in sizes.items():
+        at = 0
+        for offset, length in sorted(ranges[name]):
+            if offset != at:
+                return f"{name} has a gap or an overlap at {at}"
+            at += length
+        if at != size:
+            return f"{name} holds {at} of {size} values"
+    return ""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint: its folder and its index."""
@@ -108,27 +127,11 @@ class Checkpoint:
         """Optimizer steps done when it was saved."""
         return self.index.step
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of its files."""
-        return sum(file.num_bytes for file in self.index.files.values())
-
     def _check_ranges(self) -> None:
         parameters = self.index.parameters
-        ranges: dict[str, list[Range]] = {name: [] for name in parameters}
-        for file, entry in self.index.files.items():
-            for name, found in entry.ranges.items():
-                if name not in ranges:
-                    raise CheckpointError(f"{self.path}/{file}: has ranges of an unknown {name}")
-                ranges[name].append(found)
-        for name, parameter in parameters.items():
-            at = 0
-            for offset, length in sorted(ranges[name]):
-                if offset != at:
-                    raise CheckpointError(f"{self.path}: {name} has a gap or an overlap at {at}")
-                at += length
-            if at != parameter.numel:
-                raise CheckpointError(f"{self.path}: {name} holds {at} of {parameter.numel} values")
+        sizes = {name: parameter.numel for name, parameter in parameters.items()}
+        if fault := gap(sizes, [file.ranges for file in self.index.files.values()]):
+            raise CheckpointError(f"{self.path}: {fault}")
         if parameters and MASTER not in self.index.keys:
             raise CheckpointError(f"{self.path}: holds no weights ({MASTER})")
         if MODULE not in self.index.files:

@@ -18,7 +18,6 @@ import json
 import math
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -32,7 +31,7 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 from dit_ds import __version__, distributed, files, zero
-from dit_ds.archive import MASTER, MODULE
+from dit_ds.archive import MASTER, MODULE, folder_name, gap
 from dit_ds.checkpoint_index import FORMAT, Engine, File, Index, Parameter, Range, index_text
 from dit_ds.parallel import in_background
 from dit_ds.retention import Keep, committed, folder, remove, remove_leftovers, tidy
@@ -40,7 +39,6 @@ from dit_ds.staging import Staging, write
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SPARE_BYTES = 1 << 24  # index, metrics and what else is written meanwhile
-_PATIENCE_SECONDS = 30.0
 
 
 class DiskFull(distributed.RankError):
@@ -49,16 +47,12 @@ class DiskFull(distributed.RankError):
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that was saved: what it took.
-
-    pause_seconds: how long the training waited. removed: what went since the one before.
-    """
+    """A checkpoint that was saved: what it took. pause_seconds: how long the training waited."""
 
     path: Path
     num_bytes: int
     pause_seconds: float
     write_seconds: float
-    removed: list[str]
 
 
 @dataclass
@@ -89,13 +83,17 @@ class Checkpoints:
         self._engine, self._root, self._keep = engine, root, keep
         self._pending: _Pending | None = None
         self._tidying: Future[list[str]] | None = None
-        self._removed: list[str] = []
+        self._known: dict[int, dict[str, float]] = {}  # metrics of committed ones, by step
         # Ranks of a run that was killed may still be writing: their files must not meet ours.
         self._token = distributed.broadcast_json(secrets.token_hex(4))
         self._num_saves = 0
         fragments = [f for flat in zero.flats(engine) for f in flat.written]
         ranges = {f.name: (f.offset, f.length) for f in fragments}
         self._ranges: list[dict[str, Range]] = distributed.gather_json(ranges)  # of each rank
+        shapes = zero.parameter_shapes(engine)
+        with distributed.agreed():
+            if fault := gap({k: math.prod(v) for k, v in shapes.items()}, self._ranges):
+                raise zero.unknown_layout(engine, fault)
         optimizer: Any = zero.client_optimizer(engine)
         keys = (MASTER, *optimizer.vector_state)
         with distributed.agreed():
@@ -128,14 +126,13 @@ class Checkpoints:
         self.commit(wait=True)
         began = time.perf_counter()
         self._num_saves += 1
-        name = f".{folder(self._root, step).name}.{self._token}-{self._num_saves}.tmp"
-        aside = self._root / name
+        aside = self._root / f".{folder_name(step)}.{self._token}-{self._num_saves}.tmp"
         tensors, scalars = _state(self._engine)
         module = _module(self._engine)
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         with self._saving(step):
             if self._staging.sizes != sizes:  # no step was applied yet, so there is no state
-                self._staging = Staging(sizes)
+                self._staging = Staging(sizes, memory=self._staging)
         staging = self._staging
         num_bytes = self._sum_of_bytes() + len(module)
         with self._saving(step):
@@ -145,8 +142,9 @@ class Checkpoints:
         staging.copy(tensors)
         content = _content(self._engine, step, about, metrics)
 
+        name = f"rank-{distributed.rank():05d}.safetensors"
+
         def write_files() -> dict[str, File]:
-            name = f"rank-{distributed.rank():05d}.safetensors"
             found = {name: staging.write(aside / name)}
             if module:
                 found[MODULE] = write(memoryview(module), aside / MODULE)
@@ -179,10 +177,8 @@ class Checkpoints:
                     pending.num_bytes,
                     pause_seconds=pending.pause_seconds + now - began,
                     write_seconds=now - pending.began,
-                    removed=self._removed,
                 )
-                self._removed = []
-        if wait:
+        if wait or (self._tidying is not None and self._tidying.done()):
             self._finish_tidying()
         return done
 
@@ -199,14 +195,19 @@ class Checkpoints:
         with self._saving(pending.step):
             if distributed.is_main():
                 index = self._index(pending, parts)
-                _wait_for(pending.aside, index)
+                sizes = {name: file.num_bytes for name, file in index.files.items()}
+                files.wait_until_seen(pending.aside, sizes)
                 files.write_atomically(pending.aside / "index.json", index_text(index))
                 remove(path)  # a damaged one, or one never told of, or we would not be here
                 pending.aside.rename(path)
                 files.sync(self._root)
                 files.write_atomically(self._root / "latest", path.name + "\n")
         if distributed.is_main():
-            self._tidying = in_background(lambda: tidy(self._root, self._keep, newest=pending.step))
+            self._known = {k: v for k, v in self._known.items() if k < pending.step}
+            self._known[pending.step] = pending.content["metrics"]
+            self._tidying = in_background(
+                lambda: tidy(self._root, self._keep, newest=pending.step, known=self._known)
+            )
         return path
 
     def _index(self, pending: _Pending, parts: list[Any]) -> Index:
@@ -228,12 +229,13 @@ class Checkpoints:
         )
 
     def _finish_tidying(self) -> None:
-        """Old checkpoints that cannot be removed are told, and end nothing."""
+        """What was removed is told. What could not be is told too, and ends nothing."""
         if self._tidying is not None:
             try:
-                self._removed += self._tidying.result()
-            except OSError as e:
-                distributed.warn_main(f"an old checkpoint was not removed: {e}")
+                if removed := self._tidying.result():
+                    tqdm.write(f"removed {', '.join(removed)}")
+            except Exception as e:  # on rank 0 alone, so it must not come further
+                distributed.warn_main(f"not all old checkpoints could be removed: {e!r}")
             self._tidying = None
 
     @contextlib.contextmanager
@@ -289,7 +291,8 @@ def _module(engine: Any) -> bytes:
     tensors = {}
     for name, tensor in zero.unsharded(engine).items():
         with zero.gathered(tensor):
-            tensors[name] = tensor.detach().to("cpu", copy=True)
+            if distributed.is_main():
+                tensors[name] = tensor.detach().to("cpu", copy=True)
     return safetensors_bytes(tensors) if distributed.is_main() else b""
 
 
@@ -336,21 +339,4 @@ def _check_room(root: Path, num_bytes: int) -> None:
 
 
 def _remedy(root: Path) -> str:
-    return (
-        f"make room (`python tools/checkpoint.py prune {root.parent} --keep 1`), or set "
-        "train.keep_checkpoints lower"
-    )
-
-
-def _wait_for(aside: Path, index: Index) -> None:
-    """Until this host sees what all ranks have written: shared file systems lag."""
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    for name, file in index.files.items():
-        path = aside / name
-        while not path.exists() or path.stat().st_size != file.num_bytes:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{path} was written, but {socket.gethostname()} does not see it; put runs on "
-                    "storage that all hosts share"
-                )
-            time.sleep(0.1)
+    return f"make room, as `python tools/checkpoint.py prune {root.parent} --keep 1` may do"

@@ -24,6 +24,8 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 # Small control messages travel over gloo even on GPUs: they neither wait for the GPU's queue nor
 # make it wait.
 _control: dist.ProcessGroup | None = None
+# Memory that the GPU's driver knows must not be given back to the system.
+_registered: list[torch.Tensor] = []
 
 
 class RankError(ValueError):
@@ -127,9 +129,17 @@ def device() -> torch.device:
 
 
 def host_buffer(num_bytes: int) -> torch.Tensor:
-    """Bytes of host memory, (num_bytes,) uint8, that a GPU copies to without a detour."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device().type == "cuda")
-    return buffer.fill_(0)  # touched now, so that the first copy is as fast as the others
+    """Bytes of host memory, (num_bytes,) uint8, that a GPU copies to without a detour.
+
+    They are kept to the end of the process.
+    """
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    buffer.fill_(0)  # touched now, so that the first copy is as fast as the others
+    if device().type == "cuda":
+        # torch's own pinned memory comes in powers of two, up to twice of what is asked.
+        torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
+        _registered.append(buffer)
+    return buffer
 
 
 def synchronize() -> None:

@@ -8,12 +8,14 @@ import fcntl
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 _CHUNK = 1 << 22
+_PATIENCE_SECONDS = 30.0
 
 
 def sha256(path: Path) -> str:
@@ -32,6 +34,30 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def wait_until_seen(folder: Path, sizes: dict[str, int]) -> None:
+    """Wait until this host sees the files that another one wrote: shared file systems lag.
+
+    Raises:
+        ValueError: half a minute was not enough.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    for name, size in sizes.items():
+        while not _has_size(folder / name, size):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{folder / name} was written, but {socket.gethostname()} does not see it; put "
+                    "runs on storage that all hosts share"
+                )
+            time.sleep(0.1)
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return os.stat(path).st_size == size
+    except OSError:
+        return False
 
 
 def lock(path: Path) -> IO[bytes]:

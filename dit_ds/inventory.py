@@ -106,7 +106,7 @@ def plan(root: Path, asked: dict[str, Any], *, alone: bool) -> Plan:
     verified: set[Path] = set()
     while True:
         keep = _rule(good, asked) if good else None
-        steps = keep.of(good) if keep else set()
+        steps = keep.of({c.step: c.index.metrics for c in good}) if keep else set()
         stay = [c for c in good if c.step in steps or c.path in named]
         unsure = next((c for c in stay if c.path not in verified), None)
         if unsure is None:

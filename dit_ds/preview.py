@@ -75,20 +75,22 @@ class Preview:
         each = -(-total // world)
         ids = torch.arange(rank * each, (rank + 1) * each) % total
         engine.eval()
-        with zero.averaged_weights(engine):
-            mine = samplers.sample(
-                engine,
-                self._settings,
-                classes=ids // self.columns,
-                latent_shape=self._manifest.latent_shape,
-                num_classes=self._manifest.num_classes,
-                image_ids=ids.tolist(),
-                num_timesteps=self._cfg.objective.num_timesteps,
-                learn_sigma=self._cfg.model.learn_sigma,
-                device=distributed.device(),
-                progress=False,
-            )
-        engine.train()
+        try:
+            with zero.averaged_weights(engine):
+                mine = samplers.sample(
+                    engine,
+                    self._settings,
+                    classes=ids // self.columns,
+                    latent_shape=self._manifest.latent_shape,
+                    num_classes=self._manifest.num_classes,
+                    image_ids=ids.tolist(),
+                    num_timesteps=self._cfg.objective.num_timesteps,
+                    learn_sigma=self._cfg.model.learn_sigma,
+                    device=distributed.device(),
+                    progress=False,
+                )
+        finally:
+            engine.train()
         z = torch.cat(distributed.gather_tensor(mine))[:total]
         if self._vae is None:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dit_ds import distributed, zero
+from dit_ds import distributed, files, zero
 from dit_ds.archive import (
     MASTER,
     Checkpoint,
@@ -39,13 +39,14 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
     names, newer, faults = _candidates(root)
     others = f"{', '.join(newer)} in {root}, newer than the one that `latest` names"
     for name in names:
+        path = root / name
         try:
-            with distributed.agreed():
-                if faults and strict:
-                    raise CheckpointError(faults[0])
-                checkpoint = Checkpoint.open(root / name)
-                checkpoint.verify(distributed.rank(), distributed.world_size())
+            if faults and strict:
+                raise distributed.RankError(faults[0])
+            checkpoint = _checked(path)
         except distributed.RankError as e:
+            if distributed.broadcast_json(not path.is_dir()):
+                return newest(root, strict=strict)  # removed by the training that saved it
             if strict:
                 raise distributed.RankError(
                     f"{e}\n--strict goes on from no earlier checkpoint; bring the file back, or "
@@ -56,7 +57,8 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
         if faults:
             distributed.warn_main(
                 "damaged checkpoint skipped: " + "\n".join(faults) + "\n"
-                f"the one of step {checkpoint.step} is used instead: {checkpoint.path}"
+                f"the one of step {checkpoint.step} is used instead: {checkpoint.path}\n"
+                "The next save of a training removes what is damaged; copy it first if it matters."
             )
         if newer:
             distributed.print_main(f"not used, and removed at the next save: {others}")
@@ -73,6 +75,23 @@ def newest(root: Path, *, strict: bool = False) -> Checkpoint | None:
             )
         )
     return None
+
+
+def _checked(path: Path) -> Checkpoint:
+    """A checkpoint whose every byte is right; a collective."""
+    sizes: dict[str, int] = {}
+    with distributed.agreed():
+        if distributed.is_main():
+            there = Checkpoint.open(path)
+            there.check_headers()
+            sizes = {name: file.num_bytes for name, file in there.index.files.items()}
+            sizes["index.json"] = (path / "index.json").stat().st_size
+    sizes = distributed.broadcast_json(sizes)
+    with distributed.agreed():
+        files.wait_until_seen(path, sizes)  # or a lag would be taken for damage
+        checkpoint = Checkpoint.open(path)
+        checkpoint.verify(distributed.rank(), distributed.world_size())
+    return checkpoint
 
 
 def _candidates(root: Path) -> tuple[list[str], list[str], list[str]]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dit_ds import files
-from dit_ds.archive import Checkpoint, CheckpointError, folder_name
+from dit_ds.archive import Checkpoint, CheckpointError, Unreadable, folder_name
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,14 @@ class Keep:
     every: int = 0
     best: str = ""
 
-    def of(self, checkpoints: Iterable[Checkpoint]) -> set[int]:
-        """The steps that stay. At least one, if there is any."""
-        found = sorted(checkpoints, key=lambda c: c.step, reverse=True)
-        steps = {c.step for c in found[: max(1, self.last)]}
-        steps |= {c.step for c in found if self.every and c.step % self.every == 0}
-        measured = [c for c in found if self.best in c.index.metrics]
+    def of(self, metrics: dict[int, dict[str, float]]) -> set[int]:
+        """The steps that stay, of those with these metrics. At least one, if there is any."""
+        newest_first = sorted(metrics, reverse=True)
+        steps = set(newest_first[: max(1, self.last)])
+        steps |= {step for step in newest_first if self.every and step % self.every == 0}
+        measured = [step for step in newest_first if self.best in metrics[step]]
         if measured:
-            steps.add(min(measured, key=lambda c: c.index.metrics[self.best]).step)
+            steps.add(min(measured, key=lambda step: metrics[step][self.best]))
         return steps
 
     def __str__(self) -> str:
@@ -75,30 +74,53 @@ def latest(root: Path) -> Path | None:
     return next((path for path in committed(root) if path.name == name), None)
 
 
-def tidy(root: Path, keep: Keep, *, newest: int) -> list[str]:
+def tidy(root: Path, keep: Keep, *, newest: int, known: dict[int, dict[str, float]]) -> list[str]:
     """Remove what `keep` does not name, after the checkpoint of step `newest` was committed.
 
     Steps above that go too: they were damaged or never told of, or training would have gone on from
-    them. Damaged ones below do not count, and are left to `tools/checkpoint.py prune`.
+    them. What cannot be read now may be whole, and stays. Damaged ones below do not count, and are
+    left to `tools/checkpoint.py prune`.
+
+    Args:
+        root: the `checkpoints` folder.
+        keep: the rule.
+        newest: step of the newest one.
+        known: metrics by step of checkpoints that need not be opened again; more are added.
 
     Returns:
         The names of those that went.
 
     Raises:
-        OSError: something could not be removed.
+        OSError: some could not be removed.
     """
-    paths, whole = committed(root), []
-    gone = [path for path in paths if step_of(path) > newest]
-    for path in paths:
-        if path not in gone:
-            with contextlib.suppress(CheckpointError):
+    whole: dict[int, dict[str, float]] = {}
+    gone = []
+    for path in committed(root):
+        step = step_of(path)
+        try:
+            if step > newest or step not in known:
                 checkpoint = Checkpoint.open(path)
                 checkpoint.check_headers()
-                whole.append(checkpoint)
+                known[step] = checkpoint.index.metrics
+            whole[step] = known[step]
+        except Unreadable:
+            continue
+        except CheckpointError:
+            if step <= newest:
+                continue
+        if step > newest:
+            whole.pop(step, None)
+            gone.append(path)
     stay = keep.of(whole)
-    gone += [c.path for c in whole if c.step not in stay]
+    gone += [folder(root, step) for step in whole if step not in stay]
+    faults = []
     for path in gone:
-        remove(path)
+        try:
+            remove(path)
+        except OSError as e:
+            faults.append(str(e))
+    if faults:
+        raise OSError("; ".join(faults))
     return [path.name for path in gone]
 
 

@@ -29,9 +29,10 @@ class Staging:
 
     Args:
         sizes: number of values of each.
+        memory: another one, whose memory this takes over as far as it goes.
     """
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(self, sizes: dict[str, int], memory: Staging | None = None) -> None:
         self.sizes = sizes
         tree, at = {}, 0
         for name, size in sizes.items():
@@ -40,7 +41,13 @@ class Staging:
         text = json.dumps(tree, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # values are aligned
         header = len(text).to_bytes(8, "little") + text
-        self._buffer = distributed.host_buffer(len(header) + at)
+        num_bytes = len(header) + at
+        self._memory: torch.Tensor
+        if memory is not None and memory._memory.numel() >= num_bytes:
+            self._memory = memory._memory
+        else:
+            self._memory = distributed.host_buffer(num_bytes)
+        self._buffer = self._memory[:num_bytes]
         self._buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         values = self._buffer[len(header) :].view(torch.float32)
         self._vectors = dict(zip(sizes, values.split(list(sizes.values())), strict=True))

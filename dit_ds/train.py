@@ -10,10 +10,11 @@ save and end with 0.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def train(
         store.check(manifest)
     distributed.agree_on("the settings", [cfg.model_dump(mode="json"), ds_config])
     distributed.agree_on(f"the data set at data.path={cfg.data.path}", manifest.fingerprint)
+    # Held before a checkpoint is chosen: whoever still trains here may commit a newer one.
+    with distributed.agreed():
+        held = rundir.claim(run) if run.is_dir() else None
     found = restore.newest(root, strict=strict)
     with distributed.agreed():
         about = rundir.describe(cfg, ds_config, manifest)
@@ -119,7 +123,7 @@ def train(
         micro_batch=cfg.train.micro_batch_size,
     )
     with distributed.agreed():
-        held = rundir.claim(run)
+        held = held or rundir.claim(run)  # what was refused above has made no folder
     with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
@@ -147,13 +151,25 @@ def train(
             monitor.say(
                 f"saved {done.path}: {size} in {done.write_seconds:.1f} s, training waited "
                 f"{done.pause_seconds:.2f} s"
-                + (f"; removed {', '.join(done.removed)}" if done.removed else "")
             )
 
     def save(metrics: dict[str, float], *, wait: bool) -> None:
         about["weights"] |= {"step": state.step, "images_seen": state.images_seen}
         checkpoints.save(step=state.step, about=about, metrics=metrics)
         commit(wait=wait)
+
+    @contextlib.contextmanager
+    def losing_no_step() -> Iterator[None]:
+        try:
+            yield
+        except distributed.RankError:  # on all ranks alike, as of a damaged shard
+            for last in (lambda: commit(wait=True), lambda: save({}, wait=True)):
+                try:
+                    if state.step > saved_step:
+                        last()
+                except distributed.RankError as e:
+                    monitor.warn(str(e))
+            raise
 
     with (
         Loader(
@@ -169,6 +185,7 @@ def train(
             workers=cfg.data.workers,
         ) as loader,
         Monitor(run, cfg, step=state.step) as monitor,
+        losing_no_step(),
     ):
         # Not before the loader: what it refuses must not fix the settings of a run.
         rundir.write(run, cfg, ds_config, step=state.step)
@@ -177,16 +194,7 @@ def train(
         while not state.done:
             lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
             optim.set_learning_rate(zero.client_optimizer(engine), lr)
-            try:
-                batch = loader.next()  # the micro-batches of one step
-            except distributed.RankError:
-                try:  # a damaged shard must not cost what was reached
-                    commit(wait=True)
-                    if state.step > saved_step:
-                        save({}, wait=True)
-                except distributed.RankError as e:
-                    monitor.warn(str(e))
-                raise
+            batch = loader.next()  # the micro-batches of one step
             for micro in batch:
                 micro = micro.to(device)
                 losses = loss_of(engine, micro)
@@ -225,7 +233,12 @@ def train(
                         raise
                     monitor.warn(f"{e}; training goes on and tries again at the next save")
             if preview.due(state.step) and not state.stop:
-                monitor.show(preview.images(engine), columns=preview.columns, step=state.step)
+                try:
+                    with distributed.agreed():
+                        images = preview.images(engine)
+                    monitor.show(images, columns=preview.columns, step=state.step)
+                except distributed.RankError as e:
+                    monitor.warn(f"{e}; training goes on without these samples")
             monitor.pause(time.perf_counter() - began)
     if held is not None:
         held.close()

@@ -32,21 +32,19 @@ class Fragment:
 class Flat:
     """A float32 tensor of master weights that the client optimizer knows as one parameter.
 
-    tensor: the key into the optimizer's state. group: index of its param group.
-    fragments: what it holds; the rest is padding. written: what this rank writes of it, a share at
-    stage 0, where all ranks hold the same.
+    tensor: the key into the optimizer's state. fragments: what it holds; the rest is padding.
+    written: what this rank writes of it, a share at stage 0, where all ranks hold the same.
     """
 
     tensor: torch.Tensor
-    group: int
     fragments: tuple[Fragment, ...]
     written: tuple[Fragment, ...]
 
 
 _NAMES_BY_KIND = {
     "stage 3": (
-        "fp32_partitioned_groups_flat", "fp16_groups", "sub_group_to_group_id",
-        "_get_param_partition_rank", "_reassign_or_swap_out_partitioned_parameters",
+        "fp32_partitioned_groups_flat", "fp16_groups", "_get_param_partition_rank",
+        "_reassign_or_swap_out_partitioned_parameters",
         "checkpoint_event_prologue", "checkpoint_event_epilogue",
     ),
     "BF16_Optimizer": (
@@ -91,6 +89,8 @@ def check_engine(engine: Any) -> None:
         (engine.optimizer, _NAMES_BY_KIND[kind]),
         (scaler, _SCALER_FIELDS if getattr(scaler, "dynamic", False) else ()),
     ]
+    if engine.fp16_enabled():
+        wanted += [(engine.optimizer, ("loss_scaler",)), (scaler, ("dynamic",))]
     if kind == "stage 3":
         wanted += [(p, _NAMES_OF_STAGE_3_PARAMETER) for p in parameters.values()]
     faults = [f"no {name}" for thing, names in wanted for name in names if not hasattr(thing, name)]
@@ -98,18 +98,26 @@ def check_engine(engine: Any) -> None:
         faults.append(f"its layout is that of {kind}")
     if not faults:
         # Names may stay when their meaning changes: each master must round to its weight.
-        for flat in flats(engine):
-            for f in flat.fragments:
-                weights = _local_weights(parameters[f.name], f)
-                masters = flat.tensor.detach().view(-1)[f.start : f.start + f.length]
-                if not torch.equal(masters.to(weights), weights):
-                    faults.append(f"the master weights of {f.name} are not where they were")
+        try:
+            for flat in flats(engine):
+                for f in flat.fragments:
+                    weights = _local_weights(parameters[f.name], f)
+                    masters = flat.tensor.detach().view(-1)[f.start : f.start + f.length]
+                    if not torch.equal(masters.to(weights), weights):
+                        faults.append(f"the master weights of {f.name} are not where they were")
+        except (AssertionError, LookupError, RuntimeError) as e:
+            faults.append(f"{type(e).__name__} {e}")
     if faults:
-        raise ValueError(
-            f"deepspeed=={deepspeed.__version__} keeps the state of ZeRO stage {stage} in an "
-            f"unknown way ({type(engine.optimizer).__name__}: {', '.join(faults[:3])}); install "
-            "the version that constraints.txt pins"
-        )
+        raise unknown_layout(engine, ", ".join(faults[:3]))
+
+
+def unknown_layout(engine: Any, fault: str) -> ValueError:
+    """The error for an engine that keeps its state otherwise than this file knows."""
+    return ValueError(
+        f"deepspeed=={deepspeed.__version__} keeps the state of ZeRO stage "
+        f"{engine.zero_optimization_stage()} in an unknown way ({type(engine.optimizer).__name__}: "
+        f"{fault}); install the version that constraints.txt pins"
+    )
 
 
 def _local_weights(p: torch.Tensor, fragment: Fragment) -> torch.Tensor:
@@ -156,8 +164,7 @@ def _flats_of_stage_3(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
                 fragments.append(Fragment(names[p], offset, start, length))
             start += size
         assert start == flat.numel(), (start, flat.numel())
-        group, held = optimizer.sub_group_to_group_id[i], tuple(fragments)
-        found.append(Flat(flat, group, held, written=held))
+        found.append(Flat(flat, tuple(fragments), written=tuple(fragments)))
     return found
 
 
@@ -182,19 +189,19 @@ def _flats_of_stage_1_and_2(optimizer: Any, names: dict[Any, str]) -> list[Flat]
             begin, end = max(at, low), min(at + p.numel(), low + size)
             if begin < end:
                 fragments.append(Fragment(names[p], begin - at, begin - low, end - begin))
-        found.append(Flat(flat, i, tuple(fragments), written=tuple(fragments)))
+        found.append(Flat(flat, tuple(fragments), written=tuple(fragments)))
     return found
 
 
 def _flats_of_stage_0(optimizer: Any, names: dict[Any, str]) -> list[Flat]:
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
-    for i, group in enumerate(optimizer.param_groups):
+    for group in optimizer.param_groups:
         for p in group["params"]:
             whole = Fragment(names[p], 0, 0, p.numel())
             low, high = p.numel() * rank // world, p.numel() * (rank + 1) // world
             share = (Fragment(names[p], low, low, high - low),) if low < high else ()
-            found.append(Flat(p, i, (whole,), written=share))
+            found.append(Flat(p, (whole,), written=share))
     return found
 
 

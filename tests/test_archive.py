@@ -596,10 +596,10 @@ def bits(engine: Any) -> dict[str, torch.Tensor]:
 
     found = {name: t.detach().clone() for name, t in engine.module.state_dict().items()}
     optimizer = zero.client_optimizer(engine)
-    for flat in zero.flats(engine):
-        found[f"master/{flat.group}"] = flat.tensor.detach().clone()
+    for i, flat in enumerate(zero.flats(engine)):
+        found[f"master/{i}"] = flat.tensor.detach().clone()
         for key, value in optimizer.state[flat.tensor].items():
-            found[f"{key}/{flat.group}"] = value.clone()
+            found[f"{key}/{i}"] = value.clone()
     for i, values in enumerate(optimizer.param_groups):
         told = json.dumps({k: v for k, v in values.items() if k != "params"}, sort_keys=True)
         found[f"group/{i}"] = torch.tensor(list(told.encode()))

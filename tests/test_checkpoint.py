@@ -6,6 +6,8 @@ import dataclasses
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +137,18 @@ def build_an_engine(tiny: dict[str, Any], ds: str, break_it: str) -> str:
             return [dataclasses.replace(first, fragments=tuple(moved)), *others]
 
         zero.flats = shifted
+    elif break_it == "a part":
+        found = zero.flats
+        zero.flats = lambda engine: [
+            dataclasses.replace(f, written=f.written[1:]) for f in found(engine)
+        ]
     distributed.init()
     cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
     sizes = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))["weights"]["model"]
     split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
     try:
-        train.build_engine(cfg, tree, split, sizes)
+        engine = train.build_engine(cfg, tree, split, sizes)
+        checkpoint.Checkpoints(engine, Path(tiny["run"]) / "checkpoints", Keep(1))
     except ValueError as e:
         return str(e)
     return ""
@@ -154,6 +162,8 @@ def test_another_deepspeed_is_refused_before_the_first_step(
     assert set(run_ranks(2, build_an_engine, tiny, ds, "")) == {""}
     (said,) = run_ranks(1, build_an_engine, tiny, ds, "a name")
     assert "unknown way" in said and "no gone" in said and "constraints.txt" in said
+    (said,) = run_ranks(1, build_an_engine, tiny, ds, "a part")
+    assert "unknown way" in said and " values" in said
     if stage > 0:
         (said,) = run_ranks(1, build_an_engine, tiny, ds, "the layout")
         assert "the master weights of " in said and "are not where they were" in said
@@ -274,6 +284,41 @@ def test_going_back_says_what_it_leaves(
     (root / "step-00000003" / "index.json").unlink()
     with pytest.raises(distributed.RankError, match="go on from step-00000006 .* write its name"):
         restore.newest(root)
+
+
+def test_what_another_version_wrote_is_passed_over_and_never_removed(
+    saved: dict[str, Any],
+) -> None:
+    path = saved["six"] / "index.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"format": 99}))
+    arguments = runs.arguments(saved, saved["ds"], "train.steps=5", "train.checkpoint_every=1")
+    run_ranks(2, runs.train, *arguments, "train.keep_checkpoints=1")
+    assert steps_of(saved["run"]) == [5, 6]
+    assert newest(str(saved["run"] / "checkpoints")) == 5
+
+
+def hold_while_a_checkpoint_is_chosen(*arguments: str) -> bool:
+    """Train; whether the run was held already when a checkpoint was chosen."""
+    chosen, held = restore.newest, []
+
+    def watched(root: Path, **named: Any) -> Any:
+        # A record lock is this process's own, so another one has to ask.
+        code = (
+            "import sys, pathlib; from dit_ds import files; files.lock(pathlib.Path(sys.argv[1]))"
+        )
+        ask = [sys.executable, "-c", code, str(root.parent / ".lock")]
+        held.append(subprocess.run(ask, capture_output=True).returncode)
+        return chosen(root, **named)
+
+    restore.newest = watched
+    runs.train(*arguments)
+    return held == [1]
+
+
+def test_a_run_is_held_before_a_checkpoint_is_chosen(saved: dict[str, Any]) -> None:
+    arguments = runs.arguments(saved, saved["ds"], "train.steps=7")
+    assert run_ranks(1, hold_while_a_checkpoint_is_chosen, *arguments) == [True]
 
 
 def test_strict_goes_on_from_no_earlier_checkpoint(saved: dict[str, Any]) -> None:

@@ -352,3 +352,72 @@ def test_room_is_looked_for_before_anything_is_written(tiny: dict[str, Any]) -> 
     assert "error: checkpoint" in told
     assert len(runs.metrics(tiny["run"])) == 6
     assert not os.listdir(tiny["run"] / "checkpoints")
+
+
+def resume_with_a_lag(root: str, seconds: float) -> tuple[int, list[int]]:
+    """What rank 1 goes on from where it sees the newest checkpoint only after a while."""
+    from dit_ds import files, restore
+
+    began, real = time.monotonic(), os.stat
+
+    def lagging(path: Any, *rest: Any, **named: Any) -> Any:
+        if "step-00000006" in str(path) and time.monotonic() - began < seconds:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return real(path, *rest, **named)
+
+    distributed.init()
+    if distributed.rank() == 1:
+        files.os.stat = lagging
+    found = restore.newest(Path(root))
+    files.os.stat = real
+    assert found is not None
+    return found.step, sorted(int(p.name[5:]) for p in Path(root).glob("step-*"))
+
+
+def test_a_file_system_that_lags_is_no_damage(tiny: dict[str, Any]) -> None:
+    run_ranks(1, runs.train, *runs.arguments(tiny, FP32))
+    root = str(tiny["run"] / "checkpoints")
+    assert run_ranks(2, resume_with_a_lag, root, 1.0) == [(6, [3, 6])] * 2
+
+
+def fail_to_remove(*arguments: str) -> str:
+    """Train where old checkpoints cannot be removed."""
+    import io
+
+    from dit_ds import retention
+
+    def failing(path: Path) -> None:
+        raise RuntimeError(f"{path.name} sticks")
+
+    retention.remove = failing
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        runs.train(*arguments)
+    return out.getvalue()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tiny: dict[str, Any]) -> None:
+    settings = ["train.checkpoint_every=2", "train.keep_checkpoints=1"]
+    told = run_ranks(2, fail_to_remove, *runs.arguments(tiny, FP32, *settings))
+    assert "step-00000002 sticks" in told[0] and "done at step 6" in told[0]
+
+
+def fail_to_preview(*arguments: str) -> str:
+    """Train where pictures fail while a checkpoint is being written."""
+    import io
+
+    from dit_ds import preview
+
+    def failing(self: Any, engine: Any) -> None:
+        raise ValueError("no picture today")
+
+    preview.Preview.images = failing  # type: ignore[method-assign]
+    preview.Preview.due = lambda self, step: step == 4  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        runs.train(*arguments)
+    return out.getvalue()
+
+
+def test_a_picture_that_fails_ends_nothing(tiny: dict[str, Any]) -> None:
+    told = run_ranks(2, fail_to_preview, *runs.arguments(tiny, FP32))
+    assert "no picture today; training goes on without these samples" in told[0]
+    assert "done at step 6" in told[0]

@@ -55,7 +55,7 @@ HOUSE: dict[str, set[str]] = {
         *("archive", "checkpoint_index", "distributed", "files", "parallel", "retention"),
         *("staging", "zero"),
     },
-    "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero"},
+    "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero", "files"},
     "export": {"models", "archive", "checkpoint_index", "distributed", "files", "restore"},
     "rundir": {
         *("archive", "config", "distributed", "files", "manifest", "models", "order"),

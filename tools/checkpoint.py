@@ -79,7 +79,7 @@ def _show(root: Path, args: argparse.Namespace) -> Facts:
     resumed = good[0].path if good else None
     rule = inventory.rule_of(good[0]) if good else {}
     keep = retention.Keep(**rule) if rule else None
-    kept = keep.of(good) if keep else set()
+    kept = keep.of({c.step: c.index.metrics for c in good}) if keep else set()
     rows = []
     for f in found:
         row = _about(f.checkpoint) if f.checkpoint else {}
@@ -176,12 +176,19 @@ def _prune(root: Path, args: argparse.Namespace) -> Facts:
         raise ValueError(f"--keep {args.keep}: at least 1 stays")
     if asked.get("every", 0) < 0:
         raise ValueError(f"--keep-every {args.keep_every}: give a number of steps, or 0 for none")
+    # Not held while all bytes are read: a training that wants to start need not wait for that.
     held = _hold(root.parent)
+    if held is not None:
+        held.close()
+    plan = inventory.plan(root, asked, alone=held is not None)
+    again = _hold(root.parent)
     try:
-        return _carry_out(root, inventory.plan(root, asked, alone=held is not None), args.dry_run)
+        if held is not None and again is None:
+            raise ValueError(f"RUN_DIR={args.run}: a training began meanwhile; run this again")
+        return _carry_out(root, plan, args.dry_run)
     finally:
-        if held is not None:
-            held.close()
+        if again is not None:
+            again.close()
 
 
 def _hold(run: Path) -> IO[bytes] | None:
