@@ -22,6 +22,20 @@ def arguments(tiny: dict[str, Any], ds_config: Path | str, *overrides: str) -> l
     return ["--config", recipe, "--run", run, "--deepspeed_config", str(ds_config), *overrides]
 
 
+def engine(recipe: Path | str, ds_config: Path | str) -> tuple[Any, dict[str, Any]]:
+    """An engine of a recipe in this world, and what its checkpoints say of themselves."""
+    from dit_ds import config, distributed, rundir, train, zero_config
+    from dit_ds.loader import Split
+    from dit_ds.manifest import Manifest
+
+    distributed.init()
+    cfg, tree = config.load(str(recipe)), zero_config.load(ds_config)
+    about = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))
+    world = distributed.world_size()
+    split = Split.of(global_batch=12, world_size=world, micro_batch=4)
+    return train.build_engine(cfg, tree, split, about["weights"]["model"]), about
+
+
 def write_json(path: Path, tree: dict[str, Any]) -> Path:
     """`tree` as a file."""
     path.write_text(json.dumps(tree))

@@ -608,15 +608,7 @@ def bits(engine: Any) -> dict[str, torch.Tensor]:
 
 def attack(recipe: str, ds: str, root: str, names: list[str]) -> tuple[dict[str, str], list[str]]:
     """What one engine says of each checkpoint, and which of them changed it."""
-    from dit_ds import config, rundir, train, zero_config
-    from dit_ds.loader import Split
-    from dit_ds.manifest import Manifest
-
-    distributed.init()
-    cfg, tree = config.load(recipe), zero_config.load(ds)
-    ours = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))
-    split = Split.of(global_batch=12, world_size=1, micro_batch=4)
-    engine = train.build_engine(cfg, tree, split, ours["weights"]["model"])
+    engine, _ = runs.engine(recipe, ds)
     told, changed = {}, []
     for name in names:
         before = bits(engine)

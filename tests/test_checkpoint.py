@@ -96,15 +96,9 @@ def test_state_is_bitwise_the_same_in_any_topology(
 
 def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[float]]:
     """Load a run's checkpoint into a fresh engine of this world and stage, and save it again."""
-    from dit_ds import config, rundir, train, zero, zero_config
-    from dit_ds.loader import Split
-    from dit_ds.manifest import Manifest
+    from dit_ds import zero
 
-    distributed.init()
-    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
-    about = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))
-    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
-    engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
+    engine, about = runs.engine(tiny["recipe"], ds)
     found = restore.newest(Path(tiny["run"]) / "checkpoints")
     assert found is not None
     restore.load(engine, found)
@@ -121,9 +115,7 @@ def load_and_save(tiny: dict[str, Any], ds: str, out: str) -> dict[str, list[flo
 
 def build_an_engine(tiny: dict[str, Any], ds: str, break_it: str) -> str:
     """What is said of an engine of a DeepSpeed that changed."""
-    from dit_ds import rundir, train, zero, zero_config
-    from dit_ds.loader import Split
-    from dit_ds.manifest import Manifest
+    from dit_ds import zero
 
     if break_it == "a name":
         zero._NAMES_BY_KIND = {k: (*v, "gone") for k, v in zero._NAMES_BY_KIND.items()}
@@ -142,12 +134,8 @@ def build_an_engine(tiny: dict[str, Any], ds: str, break_it: str) -> str:
         zero.flats = lambda engine: [
             dataclasses.replace(f, written=f.written[1:]) for f in found(engine)
         ]
-    distributed.init()
-    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
-    sizes = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))["weights"]["model"]
-    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
     try:
-        engine = train.build_engine(cfg, tree, split, sizes)
+        engine, _ = runs.engine(tiny["recipe"], ds)
         checkpoint.Checkpoints(engine, Path(tiny["run"]) / "checkpoints", Keep(1))
     except ValueError as e:
         return str(e)
@@ -171,15 +159,7 @@ def test_another_deepspeed_is_refused_before_the_first_step(
 
 def values_read(tiny: dict[str, Any], ds: str) -> tuple[int, int]:
     """How many values a rank reads to load a checkpoint, and how many that holds."""
-    from dit_ds import rundir, train, zero_config
-    from dit_ds.loader import Split
-    from dit_ds.manifest import Manifest
-
-    distributed.init()
-    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(ds)
-    sizes = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))["weights"]["model"]
-    split = Split.of(global_batch=12, world_size=distributed.world_size(), micro_batch=4)
-    engine = train.build_engine(cfg, tree, split, sizes)
+    engine, _ = runs.engine(tiny["recipe"], ds)
     found = restore.newest(Path(tiny["run"]) / "checkpoints")
     assert found is not None
     read, count = archive.Ranges.read, 0

@@ -166,16 +166,10 @@ def die_everywhere(
     tiny: dict[str, Any], act: Callable[[Faults], None], work: str
 ) -> tuple[list[int], int]:
     """Which step is the newest after a save that died at its n-th point, for every n."""
-    from dit_ds import checkpoint, config, restore, rundir, train, zero_config
-    from dit_ds.loader import Split
-    from dit_ds.manifest import Manifest
+    from dit_ds import checkpoint, restore
     from dit_ds.retention import Keep
 
-    distributed.init()
-    cfg, tree = config.load(str(tiny["recipe"])), zero_config.load(FP32)
-    about = rundir.describe(cfg, tree, Manifest.load(cfg.data.path))
-    split = Split.of(global_batch=12, world_size=1, micro_batch=4)
-    engine = train.build_engine(cfg, tree, split, about["weights"]["model"])
+    engine, about = runs.engine(tiny["recipe"], FP32)
     base, root = Path(tiny["run"]) / "checkpoints", Path(work)
     before = restore.newest(base)
     assert before is not None
