@@ -1,7 +1,7 @@
 """Hosts made out of namespaces on one machine, to try real launches over several.
 
 Each has its own address, host name, processes, /dev/shm, /run and sshd, and sees the same files, as
-hosts with shared storage do. Links can be cut. Needs root, and on Debian or Ubuntu: apt-get install
+hosts with shared storage do. Needs root, and on Debian or Ubuntu: apt-get install
 openssh-server openssh-client pdsh iproute2 procps.
 """
 
@@ -57,17 +57,9 @@ class Lab:
         enter = ["nsenter", "-t", str(self._inits[host]), "-n", "-p", "-m", "-u", "-i"]
         return [*enter, "-w.", *command]
 
-    def cut(self, host: str) -> None:
-        """Take away a host's link."""
-        _run("ip", "-n", self._net("switch"), "link", "set", host, "down")
-
-    def join(self, host: str) -> None:
-        """Give it back."""
-        _run("ip", "-n", self._net("switch"), "link", "set", host, "up")
-
-    def hostfile(self, path: Path, slots: int = 1, hosts: Sequence[str] = ()) -> Path:
-        """A hostfile of some of the hosts, all by default."""
-        path.write_text("".join(f"{name} slots={slots}\n" for name in hosts or self.names))
+    def hostfile(self, path: Path, hosts: Sequence[str]) -> Path:
+        """A hostfile of some of the hosts, with a rank on each."""
+        path.write_text("".join(f"{name} slots=1\n" for name in hosts))
         return path
 
     def _net(self, name: str) -> str:
