@@ -68,7 +68,7 @@ def lock(path: Path) -> IO[bytes]:
     Raises:
         ValueError: another process holds it.
     """
-    file = open(path, "a+b")  # noqa: SIM115 - held open
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held open
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -81,7 +81,6 @@ def lock(path: Path) -> IO[bytes]:
     with contextlib.suppress(OSError):  # it is held, even where the disk is too full to say by whom
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        file.flush()
     return file
 
 

@@ -68,6 +68,9 @@ class Preview:
         """(N, H, W, 3) uint8 on rank 0, class after class; None elsewhere. A collective.
 
         Leaves the weights bitwise as they were.
+
+        Raises:
+            RankError: they could not be decoded.
         """
         rank, world = distributed.rank(), distributed.world_size()
         total = self._classes * self.columns
@@ -92,8 +95,12 @@ class Preview:
         finally:
             engine.train()
         z = torch.cat(distributed.gather_tensor(mine))[:total]
-        if self._vae is None:
-            return None
-        space = latents.LatentSpace(self._manifest.scaling_factor, self._manifest.shift_factor)
-        parts = z.split(self._settings.batch_size)
-        return np.concatenate([latents.decode(self._vae, part, space) for part in parts])
+        images = None
+        # Decoding alone may fail and be left out: what fails while the averages stand in the place
+        # of the weights, or between collectives, must end the training.
+        with distributed.agreed():
+            if self._vae is not None:
+                factors = self._manifest.scaling_factor, self._manifest.shift_factor
+                space, parts = latents.LatentSpace(*factors), z.split(self._settings.batch_size)
+                images = np.concatenate([latents.decode(self._vae, p, space) for p in parts])
+        return images

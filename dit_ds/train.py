@@ -234,8 +234,7 @@ def train(
                     monitor.warn(f"{e}; training goes on and tries again at the next save")
             if preview.due(state.step) and not state.stop:
                 try:
-                    with distributed.agreed():
-                        images = preview.images(engine)
+                    images = preview.images(engine)
                     monitor.show(images, columns=preview.columns, step=state.step)
                 except distributed.RankError as e:
                     monitor.warn(f"{e}; training goes on without these samples")

@@ -393,25 +393,3 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tiny: dict[str, A
     settings = ["train.checkpoint_every=2", "train.keep_checkpoints=1"]
     told = run_ranks(2, fail_to_remove, *runs.arguments(tiny, FP32, *settings))
     assert "step-00000002 sticks" in told[0] and "done at step 6" in told[0]
-
-
-def fail_to_preview(*arguments: str) -> str:
-    """Train where pictures fail while a checkpoint is being written."""
-    import io
-
-    from dit_ds import preview
-
-    def failing(self: Any, engine: Any) -> None:
-        raise ValueError("no picture today")
-
-    preview.Preview.images = failing  # type: ignore[method-assign]
-    preview.Preview.due = lambda self, step: step == 4  # type: ignore[method-assign]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        runs.train(*arguments)
-    return out.getvalue()
-
-
-def test_a_picture_that_fails_ends_nothing(tiny: dict[str, Any]) -> None:
-    told = run_ranks(2, fail_to_preview, *runs.arguments(tiny, FP32))
-    assert "no picture today; training goes on without these samples" in told[0]
-    assert "done at step 6" in told[0]

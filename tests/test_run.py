@@ -121,6 +121,27 @@ def told_by(*arguments: str) -> str:
     return out.getvalue()
 
 
+def fail_to_preview(*arguments: str) -> str:
+    """Train where pictures fail while a checkpoint is being written."""
+    import contextlib
+    import io
+
+    def failing(*arguments: Any) -> None:
+        raise ValueError("no picture today")
+
+    latents.decode = failing  # type: ignore[assignment]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        runs.train(*arguments)
+    return out.getvalue()
+
+
+def test_a_picture_that_fails_ends_nothing(tiny: dict[str, Any], vae: Path) -> None:
+    pictures = ["preview.every=4", f"preview.vae={vae}", "preview.steps=2", "preview.per_class=1"]
+    told = run_ranks(2, fail_to_preview, *runs.arguments(tiny, FP32, *pictures))
+    assert "no picture today (rank 0 on " in told[0] and "goes on without these samples" in told[0]
+    assert "done at step 6" in told[0]
+
+
 # ------------------------------------------------------------------------------ asked to end
 
 
