@@ -6,38 +6,15 @@ DeepSpeed's launcher trains on one machine in silence where the hostfile does no
 
 from __future__ import annotations
 
-import base64
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from dit_ds import distributed
 
 SAVE, STOP = 1, 2
-_ENCODED = "base64:"
-
-
-def arguments(words: Sequence[str]) -> list[str]:
-    """The command line as it was written.
-
-    On the way to other hosts pdsh has a shell read it once more, so `launch/train.sh` sends what a
-    shell might change as `base64:...`.
-
-    Raises:
-        ValueError: such a word that is none.
-    """
-    found = []
-    for word in words:
-        if word.startswith(_ENCODED):
-            try:
-                word = base64.b64decode(word.removeprefix(_ENCODED), validate=True).decode()
-            except ValueError as e:
-                raise ValueError(f"{word} cannot be decoded ({e}); give the plain argument") from e
-        found.append(word)
-    return found
 
 
 def check(*, expect_ranks: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import subprocess
@@ -145,6 +146,7 @@ def write(run: Path, cfg: config.Config, ds_config: dict[str, Any], *, step: int
     hosts = distributed.gather_json(f"{platform.node()} {_device_name()}")
     with distributed.agreed():
         if distributed.is_main():
+            (run / "done.json").unlink(missing_ok=True)
             files.write_atomically(run / "config.yaml", cfg.to_yaml())
             files.write_atomically(run / "ds_config.json", json.dumps(ds_config, indent=1))
             environment = {
@@ -166,6 +168,18 @@ def write(run: Path, cfg: config.Config, ds_config: dict[str, Any], *, step: int
                     "put runs on storage that all hosts share"
                 )
             time.sleep(0.1)
+
+
+def finish(run: Path, *, step: int, last_step: int) -> None:
+    """Leave `done.json`: a training came to its end in good order, at its last step or as asked.
+
+    The only proof of it, since launchers may end with 0 whatever happened; a collective.
+    """
+    with distributed.agreed():
+        if distributed.is_main():
+            ended = datetime.datetime.now(datetime.timezone.utc).isoformat()
+            marker = {"step": step, "last_step": last_step, "ended": ended}
+            files.write_atomically(run / "done.json", json.dumps(marker))
 
 
 def _device_name() -> str:

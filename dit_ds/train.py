@@ -9,10 +9,8 @@ save and end with 0.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 from dit_ds import (
+    beats,
     checkpoint,
+    command_line,
     config,
     distributed,
     launched,
@@ -44,8 +44,6 @@ from dit_ds.objectives import DDPM
 from dit_ds.preview import Preview
 from dit_ds.samples import MicroBatch
 from dit_ds.validation import Validation
-
-DEEPSPEED_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
 @dataclasses.dataclass
@@ -116,6 +114,7 @@ def train(
         distributed.print_main(
             f"{run} is finished at step {state.step}; for more, set train.steps above that"
         )
+        rundir.finish(run, step=state.step, last_step=state.last_step)
         return
     split = Split.of(
         global_batch=cfg.train.global_batch_size,
@@ -191,24 +190,28 @@ def train(
         rundir.write(run, cfg, ds_config, step=state.step)
         # Nor before its workers are forked: they would keep a copy of what is staged.
         checkpoints = checkpoint.Checkpoints(engine, root, keep)
+        phase = "compile"  # the first step takes longer: kernels, memory, the first shards
         while not state.done:
+            beats.beat(phase, state.step, "waiting for data")
             lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
             optim.set_learning_rate(zero.client_optimizer(engine), lr)
             batch = loader.next()  # the micro-batches of one step
-            for micro in batch:
+            for i, micro in enumerate(batch):
+                beats.beat(phase, state.step, f"micro-step {i + 1} of {len(batch)}")
                 micro = micro.to(device)
                 losses = loss_of(engine, micro)
                 loss = (losses["loss"] * micro.weight).sum() * share
                 engine.backward(loss, scale_wrt_gas=False)
                 engine.step()  # acts at the last micro-batch
                 monitor.add(losses, micro, cfg.objective.num_timesteps)
+            beats.beat(phase, state.step, "agreeing on the step")
             state.step += 1
             monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)
 
             asked = requests.agreed(stop_after_hours=cfg.train.stop_after_hours)
             state.stop = asked == launched.STOP
             began = time.perf_counter()
-            metrics: dict[str, float] = {}
+            phase, metrics = "step", dict[str, float]()
             if validation is not None and validation.due(state.step) and not state.stop:
                 try:
                     metrics = validation.losses(engine, loss_of)
@@ -221,6 +224,8 @@ def train(
                 except distributed.RankError as e:
                     monitor.warn(f"{e}; training goes on without this evaluation")
             due = asked or state.done or state.step % cfg.train.checkpoint_every == 0
+            if due:
+                beats.beat("save", state.step)
             try:
                 commit(wait=bool(due))  # what an earlier step saved
             except checkpoint.DiskFull as e:
@@ -233,6 +238,7 @@ def train(
                         raise
                     monitor.warn(f"{e}; training goes on and tries again at the next save")
             if preview.due(state.step) and not state.stop:
+                beats.beat("sample", state.step, "preview")
                 try:
                     images = preview.images(engine)
                     monitor.show(images, columns=preview.columns, step=state.step)
@@ -241,6 +247,7 @@ def train(
             monitor.pause(time.perf_counter() - began)
     if held is not None:
         held.close()
+    rundir.finish(run, step=state.step, last_step=state.last_step)
     why = "stopped as asked" if state.step < state.last_step else "done"
     distributed.print_main(f"{why} at step {state.step}, saved at step {saved_step} in {run}")
 
@@ -303,34 +310,16 @@ def _numel(shape: Sequence[int]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, join the other ranks and train; exit 2 on a user's mistake."""
-    parser = argparse.ArgumentParser(
-        prog="dit_ds.train", description="Train a diffusion transformer with DeepSpeed."
-    )
-    parser.add_argument("--config", required=True, help="a recipe's name, or a YAML file")
-    parser.add_argument("--run", type=Path, help="run directory (default: runs/NAME)")
-    parser.add_argument(
-        "--deepspeed_config", type=Path, default=DEEPSPEED_CONFIG, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="refuse to go on from an earlier checkpoint where the newest is damaged",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    try:
-        words = launched.arguments(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as e:
-        parser.error(str(e))
-    args = parser.parse_intermixed_args(words)
+    args = command_line.parser().parse_intermixed_args(arguments)
     requests = launched.Requests()
+    beats.begin()
     try:
         distributed.init()
         with distributed.agreed():
             cfg = config.load(args.config, args.overrides)
             ds_config = zero_config.load(args.deepspeed_config)
             launched.check(expect_ranks=cfg.train.expect_ranks)
-        run = args.run or Path("runs") / cfg.name
+        run = command_line.run_directory(args, cfg)
         train(cfg, ds_config, run, requests, strict=args.strict)
     except ValueError as e:
         distributed.exit_with(e)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_ds import distributed, zero
+from dit_ds import beats, distributed, zero
 from dit_ds.config import Config
 from dit_ds.manifest import Manifest, Store
 from dit_ds.samples import MicroBatch, Samples
@@ -92,6 +92,7 @@ class Validation:
         rounds = -(-num_batches // world)
         found = torch.zeros(rounds, len(_LOSSES), size)
         for i in range(rounds):
+            beats.beat("sample", doing=f"validation, batch {i + 1} of {rounds}")
             first = min(rank * rounds + i, num_batches - 1) * size
             ids = np.arange(first, min(first + size, self._num_samples))
             with distributed.agreed():

@@ -1,0 +1,325 @@
+"""A training, or a tool, on many hosts, that starts, ends and comes back as one.
+
+    python -m dit_ds.supervisor [options] --module dit_ds.train --config RECIPE ...
+    python -m dit_ds.supervisor [options] tools/precompute_latents.py --images ...
+
+`launch/train.sh` and `launch/run.sh` call it. Options have the names that DeepSpeed's launcher gives
+them. Exit code 0: the run says itself that it is done, or has saved as it was asked to; 2: a user's
+mistake; 1: anything else, with the rank that failed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from dit_ds import cluster_env, command_line, files, hosts, preflight
+from dit_ds.beats import PHASES
+from dit_ds.fleet import Asked, Fleet, Job, Outcome
+
+_TIMEOUTS = dict(zip(PHASES, (900.0, 1800.0, 120.0, 600.0, 900.0), strict=True))
+_SAME_FAILURES = 3
+_LAG_SECONDS = 60.0  # that a shared file system may take to show another host's file
+_ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is to run."""
+
+    command: list[str]
+    """After the interpreter."""
+    logs: Path
+    run: Path | None = None
+    """The run directory, if it is a training."""
+    data: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """An attempt that failed, and the step of the newest checkpoint by then."""
+
+    outcome: Outcome
+    saved: int
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    try:
+        options, target = parse(list(sys.argv[1:] if arguments is None else arguments))
+        code = supervise(options, target)
+    except (ValueError, OSError) as e:
+        print(f"error: {files.printable(str(e))}", file=sys.stderr, flush=True)
+        code = 2
+    sys.exit(code)
+
+
+def supervise(options: argparse.Namespace, target: Target) -> int:
+    """Attempt after attempt, until the target is done, stopped, or beyond hope; the exit code."""
+    asked = Asked()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            asked.signal = asked.signal or number
+        elif asked.stop:
+            asked.now = True  # a second one is meant
+        else:
+            asked.signal, asked.stop = signal.SIGTERM, True
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, note)
+    wanted = choose(options)
+    limits = {phase: getattr(options, f"{phase}_timeout") for phase in PHASES}
+    environment = cluster_env.environment_of(options.env_file)
+    # Held to the end: nobody else starts ranks in the run directory.
+    held = hold(target.run, options.node_rank) if target.run else None
+    failures: list[Failure] = []
+    while True:
+        with Fleet(wanted.hosts, slurm=wanted.slurm) as fleet:
+            if not fit(fleet, target, again=bool(failures)):
+                return 1
+            logs = new_logs(target.logs)
+            names = ", ".join(host.name for host in fleet.hosts)
+            say(f"{fleet.world_size} ranks on {names}; logs in {logs}")
+            job = Job(
+                target.command,
+                logs,
+                limits=limits if target.run else None,
+                environment=environment,
+                master_address=options.master_addr,
+                master_port=options.master_port,
+                first_rank=wanted.first_rank,
+                world_size=wanted.world_size,
+            )
+            before = marker(target.run)
+            outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
+        for what in outcome.left:
+            say(f"could not be killed, on {what}")
+        cause = outcome.cause
+        if outcome.code == 0 and ended_well(target.run, before):
+            break
+        if asked.stop and cause and cause.code == -signal.SIGTERM:
+            say("stopped before the first step; there was nothing to save")
+            break
+        report(outcome, logs)
+        failures.append(Failure(outcome, saved_step(target.run)))
+        if outcome.code == 2 or asked.stop:
+            return outcome.code or 1
+        if len(failures) > options.max_restarts:
+            return 1
+        if verdict := hopeless(failures):
+            say(verdict)
+            return 1
+        # What still runs on a host that was lost ends by itself within the limit of a step.
+        pause = 2.0 + limits["step"] * bool(cause and cause.kind == "lost")
+        say(f"restart {len(failures)} of {options.max_restarts} in {pause:.0f} s")
+        over = time.monotonic() + pause
+        while time.monotonic() < over and not asked.stop:
+            time.sleep(0.1)
+        if asked.stop:
+            return 1
+    if asked.stop:
+        requeue()
+    del held
+    return 0
+
+
+def fit(fleet: Fleet, target: Target, *, again: bool) -> bool:
+    """Whether to start on these hosts; at a restart, those that are not fit are left out."""
+    unfit = dict(fleet.unreachable)
+    looked = preflight.look(fleet, run=target.run, data=target.data)
+    for fault in looked.faults:
+        unfit.setdefault(fault.host, f"{fault.what}; {fault.remedy}")
+    for name, why in unfit.items():
+        say(f"going on without {name}: {why}" if again else f"{name}: {why}")
+        fleet.leave(name)
+    if fleet.hosts and (again or not unfit):
+        return True
+    if looked.faults:
+        print(looked.table(), flush=True)
+    say("FAILED: not all hosts can be used; mend them, or take them out of the hostfile")
+    return False
+
+
+def marker(run: Path | None) -> str:
+    """What the last training that came to its end here has left to say so."""
+    try:
+        return (run / "done.json").read_text() if run else ""
+    except OSError:
+        return ""
+
+
+def ended_well(run: Path | None, before: str) -> bool:
+    """Whether the training itself says that it is done; ranks that end with 0 are no proof."""
+    over = time.monotonic() + _LAG_SECONDS
+    while run and marker(run) in ("", before):
+        if time.monotonic() > over:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def report(outcome: Outcome, logs: Path) -> None:
+    """Tell how an attempt failed, with the last words of the rank that did first."""
+    cause = outcome.cause
+    say(f"FAILED: {outcome.why or 'all ranks ended with 0, but none says that the run is done'}")
+    if cause and cause.tail and outcome.code != 2:  # what a user did wrong, rank 0 has said
+        say(f"the end of {logs}/rank-{cause.rank:05d}.log:")
+        print("".join(f"    {line}\n" for line in cause.tail.splitlines()), end="", flush=True)
+
+
+def hopeless(failures: Sequence[Failure]) -> str:
+    """Why another attempt would fail too, if it would."""
+    last = failures[-_SAME_FAILURES:]
+    steps, saved = {f.outcome.step for f in last}, {f.saved for f in last}
+    if len(last) < _SAME_FAILURES or len(saved) > 1 or len(steps) > 1:
+        return ""
+    places = {f.outcome.cause.host for f in last if f.outcome.cause}
+    where = f"always first on {places.pop()}" if len(places) == 1 else "on one host or another"
+    return (
+        f"{len(last)} attempts in a row failed at step {steps.pop()}, {where}, and nothing was saved "
+        f"since step {saved.pop()}: not starting again. Hardware seldom fails at one step; look at "
+        "the data and the settings of that step, or at that host"
+    )
+
+
+def saved_step(run: Path | None) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    try:
+        return int((run / "checkpoints" / "latest").read_text().split("-")[-1]) if run else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def requeue() -> None:
+    """Under Slurm, a job that was stopped (preempted, or out of time) comes back."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+        say(done.stderr.strip() if done.returncode else f"Slurm job {job} is queued again")
+
+
+def hold(run: Path, node_rank: int | None) -> object:
+    """The run directory for this supervisor alone.
+
+    Raises:
+        ValueError: another one runs there, or it cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        return files.lock(run / (".supervisor" if node_rank is None else f".supervisor-{node_rank}"))
+    except ValueError as e:
+        raise ValueError(
+            f"--run {run}: {e}; end that training first (SIGTERM to it), or choose another run "
+            "directory"
+        ) from e
+
+
+def new_logs(folder: Path) -> Path:
+    """A new folder `attempt-NNNN` in it."""
+    number = max([int(p.name[8:]) for p in folder.glob("attempt-[0-9]*")], default=0) + 1
+    logs = folder / f"attempt-{number:04d}"
+    logs.mkdir(parents=True)
+    return logs
+
+
+def say(message: str) -> None:
+    """A line of the supervisor among those of rank 0."""
+    print(f"[supervisor] {files.printable(message)}", flush=True)
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which hosts this supervisor has, and how their ranks stand in the world."""
+
+    hosts: list[hosts.Host]
+    slurm: bool = False
+    first_rank: int = 0
+    world_size: int | None = None
+    """None: the ranks of these hosts."""
+
+
+def choose(options: argparse.Namespace) -> Wanted:
+    """The machines and devices to use."""
+    slurm = not options.hostfile and "SLURM_JOB_NODELIST" in os.environ
+    if options.hostfile:
+        found = hosts.read(options.hostfile)
+    elif slurm:
+        found = hosts.of_slurm(os.environ)
+    else:
+        found = hosts.of_this_machine(options.num_gpus, options.include)
+    found = hosts.choose(found, include=options.include, exclude=options.exclude)
+    found = hosts.first(found, nodes=options.num_nodes, slots=options.num_gpus)
+    if not options.no_ssh:
+        return Wanted(found, slurm)
+    number = options.node_rank
+    if number is None or not 0 <= number < len(found) or not options.master_addr:
+        raise ValueError(
+            f"--no_ssh needs --node_rank 0 to {len(found) - 1}, this machine's place in the hostfile, "
+            "and --master_addr, the first one's name; give all three on each machine"
+        )
+    before = sum(len(host.slots) for host in found[:number])
+    world = sum(len(host.slots) for host in found)
+    return Wanted([hosts.Host("localhost", found[number].slots)], False, before, world)
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Target]:
+    """Our options and what is to run.
+
+    Ours may stand anywhere among those of a training, but before a script.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launch/train.sh",
+        description="Run on this machine, or on those of a hostfile, and see that all ends as one.",
+        epilog="Further words are those of `python -m dit_ds.train --help`, or of the script.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-H", "--hostfile", type=Path, help="a line `HOST slots=N` for each machine")
+    add("-i", "--include", default="", metavar="HOST:0,2@HOST", help="only these devices")
+    add("-e", "--exclude", default="", metavar="HOST:0,2@HOST", help="all but these")
+    add("--num_nodes", type=int, metavar="N", help="the first N machines")
+    add("--num_gpus", "--num_accelerators", type=int, metavar="N", help="ranks on each machine")
+    add("--no_ssh", action="store_true", help="start only this machine's ranks; on each by hand")
+    add("--node_rank", type=int, metavar="N", help="its place in the hostfile, from 0")
+    add("--master_addr", default="", metavar="HOST", help="where rank 0 is met (default: found)")
+    add("--master_port", type=int, default=0, metavar="PORT", help="default: a free one")
+    add("--force_multi", action="store_true", help="nothing: one remote machine is used as such")
+    add("--max-restarts", type=int, default=0, metavar="N", help="start again after N failures")
+    for phase, seconds in _TIMEOUTS.items():
+        what = f"longest without progress in phase {phase} (default: {seconds:g})"
+        add(f"--{phase}-timeout", type=float, default=seconds, metavar="SECONDS", help=what)
+    add("--env-file", type=Path, default=_ENVIRONMENT, metavar="FILE", help="default: %(default)s")
+    if words[:2] == ["--module", "dit_ds.train"]:
+        options, rest = parser.parse_known_args(words[2:])
+        run, cfg = command_line.training(rest)
+        target = Target(["-m", "dit_ds.train", *rest], run / "logs", run, cfg.data.path)
+    else:
+        add("script", type=Path)
+        add("arguments", nargs=argparse.REMAINDER)
+        options = parser.parse_args(words)
+        if not options.script.is_file():
+            raise ValueError(f"{options.script} does not exist; name a script, as tools/sample.py")
+        logs = Path("runs") / "logs" / options.script.stem
+        target = Target([str(options.script), *options.arguments], logs)
+    for name in ("max_restarts", *(f"{phase}_timeout" for phase in PHASES)):
+        if getattr(options, name) < (name != "max_restarts"):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(options, name)} is too small")
+    if options.no_ssh and not options.master_port:
+        options.master_port = 29500  # the same on all machines, and DeepSpeed's own
+    return options, target
+
+
+if __name__ == "__main__":
+    main()
