@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from dit_ds import files
+
 _TIMEOUT = datetime.timedelta(minutes=30)
 # Small control messages travel over gloo even on GPUs: they neither wait for the GPU's queue nor
 # make it wait.
@@ -154,16 +156,11 @@ def print_main(*message: object) -> None:
         print(*message, flush=True)
 
 
-def printable(text: str) -> str:
-    """The same without what steers a terminal: names in it may be anyone's."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
 def warn_main(message: str) -> None:
     """Print what must not be missed among other lines, on rank 0."""
     if is_main():
         bar = "!" * 100
-        print(f"\n{bar}\nWARNING: {printable(message)}\n{bar}\n", file=sys.stderr, flush=True)
+        print(f"\n{bar}\nWARNING: {files.printable(message)}\n{bar}\n", file=sys.stderr, flush=True)
 
 
 def barrier() -> None:
@@ -219,6 +216,14 @@ def gather_tensor(local: torch.Tensor) -> list[torch.Tensor]:
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local, group=_control)
     return parts
+
+
+def bring_to_main(tensor: torch.Tensor, source: int) -> None:
+    """Fill rank 0's `tensor` with that of rank `source`; same shape and dtype, both on the CPU."""
+    if source != 0 and is_main():
+        dist.recv(tensor, source, group=_control)
+    elif source != 0 and rank() == source:
+        dist.send(tensor, 0, group=_control)
 
 
 def broadcast_json(value: Any = None) -> Any:
@@ -299,6 +304,6 @@ def shared_store() -> dist.Store:
 def exit_with(error: ValueError) -> NoReturn:
     """Print a user's error once, from rank 0, without a traceback, and exit with 2."""
     if is_main() or not isinstance(error, RankError):
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {files.printable(str(error))}", file=sys.stderr, flush=True)
     shutdown()
     raise SystemExit(2)

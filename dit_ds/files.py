@@ -122,3 +122,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a file by `text`; after a crash it holds the old bytes or the new ones."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def printable(text: str) -> str:
+    """The same without what steers a terminal: names in it may be anyone's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from dit_ds import files, inventory, retention
 from dit_ds.archive import Checkpoint, CheckpointError
-from dit_ds.distributed import printable
+from dit_ds.files import printable
 
 Facts = dict[str, Any]
 _MOST_METRICS = 8
