@@ -255,14 +255,14 @@ def make_report(
 
 
 def read_generated(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`images` (G, 8, 8, 3) uint8 and `labels` (G,) of the file that `tools/sample.py` wrote.
+    """Images (G, 8, 8, 3) uint8 and labels (G,) of the file that `tools/sample.py` wrote.
 
     Raises:
         ValueError: the file is missing, damaged or of another shape.
     """
     try:
         with np.load(path, allow_pickle=False) as data:
-            images, labels = data["images"], data["labels"]
+            images, labels = data["arr_0"], data["labels"]
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"--generated {path}: cannot be read ({error}); make it with "

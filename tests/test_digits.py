@@ -139,7 +139,7 @@ def test_unusable_generated_images_are_named(tmp_path: Path, fault: str) -> None
     if fault == "torn":
         path.write_bytes(b"PK\x03\x04 cut short")
     elif fault == "shape":
-        np.savez(path, images=np.zeros((4, 16, 16, 3), np.uint8), labels=np.zeros(4, np.int64))
+        np.savez(path, arr_0=np.zeros((4, 16, 16, 3), np.uint8), labels=np.zeros(4, np.int64))
     with pytest.raises(ValueError, match=str(path)):
         digits.read_generated(path)
 
@@ -148,7 +148,7 @@ def test_commands_chain_and_keep_what_is_there(
     vae, folder: Path, data: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     vae.save_pretrained(tmp_path / "vae")
-    np.savez(tmp_path / "g.npz", images=data[0][::2], labels=data[1][::2])
+    np.savez(tmp_path / "g.npz", arr_0=data[0][::2], labels=data[1][::2])
     digits.main(["images", "--out", str(folder)])
     common = ["--images", str(folder)]
     digits.main(["vae", *common, "--out", str(tmp_path / "vae")])

@@ -13,8 +13,10 @@ from tests.conftest import REPO
 HOUSE: dict[str, set[str]] = {
     "files": set(),
     "config": set(),
+    "cluster_env": set(),
     "zero_config": {"config"},
-    "distributed": set(),
+    "distributed": {"files"},
+    "network": {"beats", "distributed", "files"},
     "draws": set(),
     "models": set(),
     "objectives": set(),
@@ -57,6 +59,10 @@ HOUSE: dict[str, set[str]] = {
     },
     "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero", "files"},
     "export": {"models", "archive", "checkpoint_index", "distributed", "files", "restore"},
+    "sampling": {
+        *("distributed", "draws", "export", "files", "heartbeat", "latents", "objectives"),
+        *("progress", "samplers"),
+    },
     "rundir": {
         *("archive", "config", "distributed", "files", "manifest", "models", "order"),
         "zero_config",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -319,58 +318,3 @@ def test_exports_that_cannot_be_read_are_named(tiny: dict[str, Any], tmp_path: P
     (tmp_path / "x.json").write_text(json.dumps({"hello": 1}))
     with pytest.raises(ValueError, match="not a description of weights"):
         export.load(tmp_path / "x.safetensors")
-
-
-def test_sample_tool_draws_the_same_from_run_and_file_on_one_and_two_ranks(
-    tiny: dict[str, Any], tmp_path: Path, vae: Path
-) -> None:
-    run_ranks(1, runs.train, *runs.arguments(tiny, FP32))
-    weights = tmp_path / "ema.safetensors"
-    run_ranks(1, tool, "export", "--run", str(tiny["run"]), "--out", str(weights))
-    common = ["--vae", str(vae), "--classes", "0-1,2", "--per-class", "3", "--steps", "3"]
-    found = []
-    for world, source, batch in ((1, ["--run", str(tiny["run"])], 64), (2, ["--weights"], 2)):
-        if source == ["--weights"]:
-            source.append(str(weights))
-        out, npz = tmp_path / f"{world}.png", tmp_path / f"{world}.npz"
-        run_ranks(
-            world, tool, "sample", *source, *common, "--out", str(out), "--npz", str(npz),
-            "--batch-size", str(batch), "--json",
-        )  # fmt: skip
-        with np.load(npz, allow_pickle=False) as data:
-            found.append((data["images"], data["labels"]))
-    assert found[0][1].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert found[0][0].shape == (9, 32, 32, 3)
-    assert np.abs(found[0][0].astype(int) - found[1][0].astype(int)).max() <= 1
-    assert np.array_equal(found[0][1], found[1][1])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--classes", "7"], "the model knows classes 0-2"),
-        (["--classes", "a"], "expected numbers and ranges"),
-        (["--steps", "0"], "steps=0"),
-        (["--per-class", "0"], "--per-class 0"),
-        (["--vae", "/nowhere/vae"], "/nowhere/vae"),
-        (["--guidance-interval", "x"], "expected LOW,HIGH"),
-    ],
-)
-def test_sample_tool_names_the_mistake(
-    tiny: dict[str, Any], vae: Path, arguments: list[str], sentence: str
-) -> None:
-    run_ranks(1, runs.train, *runs.arguments(tiny, FP32, "train.steps=1"))
-    common = ["--run", str(tiny["run"]), "--vae", str(vae)]
-    (told,) = run_ranks(1, tool, "sample", *common, *arguments, expect=2)
-    assert sentence in told and not re.search("Traceback", told)
-
-
-def tool(name: str, *arguments: str) -> None:
-    """`tools/NAME.py` in a forked rank."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(name, REPO / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(list(arguments))

@@ -2,10 +2,10 @@
 
     python tools/sample.py --run RUN_DIR --vae PATH_OR_ID --classes 0-9 --per-class 8 --out grid.png
     python tools/sample.py --weights FILE.safetensors --vae PATH_OR_ID --classes 207,360
-    deepspeed tools/sample.py ... --npz images.npz   # over all GPUs; the same images
+    deepspeed tools/sample.py ... --num 50000 --npz images.npz   # over all GPUs; the same images
 
-Always the averaged (EMA) weights. Image i of a seed is the same whatever the batch size and the
-number of ranks. See `dit_ds.samplers`.
+Always the averaged (EMA) weights. Image i of a seed is the same on any number of ranks. See
+`dit_ds.samplers` and, for what is written, `dit_ds.sampling`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,12 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 
-from dit_ds import distributed, export, files, latents
-from dit_ds.models import DiT
-from dit_ds.samplers import SamplerSettings, check, sample
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from dit_ds import distributed, export, latents, sampling
+from dit_ds.samplers import SamplerSettings, check
+from dit_ds.sampling import GRID_SIDE
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,8 +29,14 @@ def main(arguments: list[str] | None = None) -> None:
     source.add_argument("--run", type=Path, metavar="DIR", help="its newest checkpoint")
     source.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="an export")
     parser.add_argument("--vae", metavar="PATH_OR_ID", help="default: the one of the training data")
-    parser.add_argument("--classes", metavar="0-9,12", help="default: all, at most ten")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N")
+    parser.add_argument(
+        "--classes", metavar="0-9,12", help="default: the first ten, or all with --num"
+    )
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--per-class", type=int, default=8, metavar="N", help="default: 8")
+    number.add_argument(
+        "--num", type=int, metavar="N", help="so many images of classes drawn at random"
+    )
     parser.add_argument("--cfg-scale", type=float, default=1.5, metavar="S", help="1: no guidance")
     parser.add_argument("--cfg-channels", type=int, metavar="N", help="3: as published; all")
     parser.add_argument("--guidance-interval", default="0,1", metavar="LOW,HIGH")
@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="GRID.png")
-    parser.add_argument("--npz", type=Path, metavar="FILE", help="also all images and labels")
+    parser.add_argument(
+        "--npz", type=Path, metavar="FILE", help="all images and labels, in one file"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     args = parser.parse_args(arguments)
@@ -55,118 +57,71 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     try:
         with distributed.agreed():
-            if args.out.suffix not in (".png", ".jpg", ".webp"):
-                raise ValueError(f"--out {args.out}: name a picture, such as grid.png")
-            for path in (args.out, args.npz or args.out):
-                path.parent.mkdir(parents=True, exist_ok=True)
             weights = export.load(args.weights) if args.weights else None
         if weights is None:
             weights = export.from_run(args.run)
         about = weights.about
         with distributed.agreed():
-            classes = parse_classes(args.classes, about.num_classes)
-            if args.per_class < 1:
-                raise ValueError(f"--per-class {args.per_class} must be at least 1")
             settings = SamplerSettings(
                 sampler=args.sampler,
                 steps=args.steps,
                 eta=args.eta,
                 cfg_scale=args.cfg_scale,
                 cfg_channels=args.cfg_channels,
-                guidance_interval=parse_interval(args.guidance_interval),
+                guidance_interval=sampling.parse_interval(args.guidance_interval),
                 seed=args.seed,
                 batch_size=args.batch_size,
             )
             check(settings, latent_shape=about.latent_shape, num_timesteps=about.num_timesteps)
+            classes = parse_choice(args, about)
+            num = args.num or len(classes) * args.per_class
+            if distributed.is_main():
+                sampling.check_outputs(args.out, args.npz, num=num, image_size=about.image_size)
             vae = latents.load_vae(args.vae or about.vae, device=distributed.device())
             if latents.latent_shape(vae, about.image_size) != about.latent_shape:
                 raise ValueError(f"--vae {args.vae}: its latents are not those of the model")
             model = weights.build(distributed.device())
+        vae_hash = latents.vae_hash(vae)
+        distributed.agree_on("the VAE", vae_hash)
+        if vae_hash != about.vae_sha256:
+            distributed.print_main(
+                "WARNING: this is not the VAE that the training data was made with"
+            )
+        if args.num:
+            labels = sampling.random_labels(classes, num, args.seed)
+        else:
+            labels = torch.tensor(classes).repeat_interleave(args.per_class)
+        images = sampling.draw(model, about, settings, vae, labels)
+        num_shown = sampling.write(images, labels, about.image_size, args.out, args.npz)
     except ValueError as error:
         distributed.exit_with(error)
-    if latents.vae_hash(vae) != about.vae_sha256:
-        distributed.print_main("WARNING: this is not the VAE that the training data was made with")
-    labels = torch.tensor(classes).repeat_interleave(args.per_class)
-    images = draw(model, about, settings, vae, labels)
     if distributed.is_main():
-        write(args, images, labels, rows=len(classes))
         seconds = time.perf_counter() - began
         print(
-            f"{args.out}: {len(labels)} images of {len(classes)} classes at step {about.step}, "
-            f"{args.sampler} {args.steps} steps, guidance {args.cfg_scale}, {seconds:.1f} s"
+            f"{args.out}: {num_shown} images of step {about.step}, {args.sampler} {args.steps} "
+            f"steps, guidance {args.cfg_scale}, {seconds:.1f} s"
         )
+        if args.npz:
+            print(f"{args.npz}: all {len(labels)} images, arr_0, and their labels")
         if args.json:
             facts = {"out": str(args.out), "images": len(labels), "step": about.step}
             print(json.dumps(facts | {"seconds": round(seconds, 3)}), flush=True)
     distributed.shutdown()
 
 
-def draw(
-    model: DiT,
-    about: export.Description,
-    settings: SamplerSettings,
-    vae: AutoencoderKL,
-    labels: torch.Tensor,
-) -> np.ndarray:
-    """(N, size, size, 3) uint8, an image for each label; every rank makes its slice of them."""
-    rank, world = distributed.rank(), distributed.world_size()
-    slices = torch.arange(len(labels)).tensor_split(world)
-    mine = slices[rank]
-    z = sample(
-        model,
-        settings,
-        classes=labels[mine],
-        latent_shape=about.latent_shape,
-        num_classes=about.num_classes,
-        image_ids=mine.tolist(),
-        num_timesteps=about.num_timesteps,
-        learn_sigma=about.model.learn_sigma,
-        device=distributed.device(),
-        progress=distributed.is_main(),
-    )
-    space = latents.LatentSpace(about.scaling_factor, about.shift_factor)
-    # Slices differ by one image at most; the shorter ones are filled up to be gathered.
-    images = torch.zeros(len(slices[0]), about.image_size, about.image_size, 3, dtype=torch.uint8)
-    for start in range(0, len(mine), settings.batch_size):
-        decoded = latents.decode(vae, z[start : start + settings.batch_size], space)
-        images[start : start + len(decoded)] = torch.from_numpy(decoded)
-    parts = distributed.gather_tensor(images)
-    return torch.cat([p[: len(s)] for p, s in zip(parts, slices, strict=True)]).numpy()
-
-
-def write(args: argparse.Namespace, images: np.ndarray, labels: torch.Tensor, *, rows: int) -> None:
-    """The grid, a row for each class, and all images if they were asked for."""
-    sheet = latents.image_grid(images, rows=rows, columns=args.per_class)
-    with files.atomic_file(args.out) as file:
-        sheet.save(file, format=Image.registered_extensions()[args.out.suffix])
-    if args.npz:
-        with files.atomic_file(args.npz) as file:
-            np.savez(file, images=images, labels=labels.numpy())
-
-
-def parse_classes(text: str | None, num_classes: int) -> list[int]:
-    """Class numbers out of `0-9,12`, each one the data has."""
-    if text is None:
-        return list(range(min(10, num_classes)))
-    classes: list[int] = []
-    for part in text.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and not high.isdecimal()):
-            raise ValueError(f"--classes {text}: expected numbers and ranges, such as 0-9,12")
-        classes += range(int(low), int(high if dash else low) + 1)
-    wrong = [c for c in classes if c >= num_classes]
-    if wrong or not classes:
-        raise ValueError(f"--classes {text}: the model knows classes 0-{num_classes - 1}")
+def parse_choice(args: argparse.Namespace, about: export.Description) -> list[int]:
+    """The classes to make images of."""
+    most = about.num_classes if args.num else min(10, about.num_classes)
+    classes = sampling.parse_classes(args.classes or f"0-{most - 1}", about.num_classes)
+    for option, value in (("--per-class", args.per_class), ("--num", args.num)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} {value} must be at least 1")
+    if args.npz is None and (args.num or max(len(classes), args.per_class) > GRID_SIDE):
+        raise ValueError(
+            f"the picture shows at most {GRID_SIDE} classes and {GRID_SIDE} images of each; give "
+            "--npz FILE for all of them, or ask for fewer"
+        )
     return classes
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """Two numbers out of `LOW,HIGH`."""
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--guidance-interval {text}: expected LOW,HIGH such as 0,1") from None
-    return low, high
 
 
 if __name__ == "__main__":
