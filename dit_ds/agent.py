@@ -32,7 +32,11 @@ from typing import Any
 from dit_ds import beats, facts, processes, route
 from dit_ds.line import Line
 
-ANSWERS = {"route": route.to, "free_port": route.free_port} | facts.ANSWERS
+ANSWERS: dict[str, Callable[..., Any]] = {
+    **facts.ANSWERS,
+    "route": route.to,
+    "free_port": route.free_port,
+}
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 20.0
 _TAIL_LINES = 25
@@ -178,10 +182,8 @@ def _copy(source: int, log: Path, line: Line) -> None:
             file.write(rest)
 
 
-def _watch(
-    rank: Rank, job: dict[str, Any], line: Line, folder: Path, seconds: float
-) -> None:
-    """Tell the supervisor when a rank has ended, or has not beaten within the limit of its phase."""
+def _watch(rank: Rank, job: dict[str, Any], line: Line, folder: Path, seconds: float) -> None:
+    """Tell the supervisor when a rank has ended, or not beaten within the limit of its phase."""
     if rank.code is not None:
         return
     rank.code = rank.process.poll()
@@ -214,7 +216,7 @@ def _seen(rank: Rank) -> dict[str, Any]:
     beat = rank.beat or beats.Beat(0, "start", 0, "importing")
     return {
         "rank": rank.rank,
-        "count": beat.count,
+        "number": beat.number,
         "phase": beat.phase,
         "step": beat.step,
         "doing": beat.doing,

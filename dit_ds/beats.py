@@ -1,7 +1,8 @@
 """Where a rank is: its main thread says so in a file, which the agent of its host reads.
 
-A beat is progress, not life: a rank that is stopped, hangs in a collective or waits for storage beats
-no more. Without an agent (plain `deepspeed`, tests) nothing happens here. Standard library only.
+A beat is progress, not life: a rank that is stopped, hangs in a collective or waits for storage
+beats no more. Without an agent (plain `deepspeed`, tests) nothing happens here. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _count = 0
 class Beat(NamedTuple):
     """What a rank said last: how often it beat, in which phase, at which step, doing what."""
 
-    count: int
+    number: int
     phase: str
     step: int
     doing: str

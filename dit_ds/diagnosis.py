@@ -24,14 +24,14 @@ class Event:
     """Something that ends an attempt, in order of arrival."""
 
     kind: str
-    """`ended` (with a code other than 0), `stalled`, `lost` (a host), or `unable` (to start)."""
+    """`ended` (not with 0), `stalled`, `lost` (a host), or `unable` (to start)."""
     host: str
     rank: int | None = None
     code: int = 0
     why: str = ""
     tail: str = ""
     seen: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What its agent saw of the rank last: phase, step, doing, quiet, state, count."""
+    """What its agent saw of the rank last: phase, step, doing, quiet, state, number (of beats)."""
 
 
 def first(events: Sequence[Event], ranks: Sequence[tuple[str, dict[str, Any]]]) -> Event:
@@ -50,7 +50,7 @@ def first(events: Sequence[Event], ranks: Sequence[tuple[str, dict[str, Any]]]) 
     hosts = {seen["rank"]: host for host, seen in ranks}
     seen = min(
         [e.seen for e in events] + [seen for _, seen in ranks if seen["state"]],
-        key=lambda s: ("TtD".find(s["state"] or "?") < 0, s["count"]),
+        key=lambda s: ("TtD".find(s["state"] or "?") < 0, s["number"]),
     )
     return Event("stalled", hosts.get(seen["rank"], events[0].host), seen["rank"], seen=seen)
 

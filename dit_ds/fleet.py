@@ -30,7 +30,18 @@ _GRACE_SECONDS = 2.5  # for others' news of the same failure, and their last wor
 _END_SECONDS = 27.0
 _SSH = ("-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5")
 # What a host's environment needs of ours; the rest (PATH, HOME, ...) is its own.
-_PASSED = ("NCCL_", "GLOO_", "DS_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "PYTHON", "CUDA_", "HF_")
+_PASSED: tuple[str, ...] = (
+    "NCCL_",
+    "GLOO_",
+    "DS_",
+    "OMP_",
+    "MKL_",
+    "TORCH",
+    "PYTORCH_",
+    "PYTHON",
+    "CUDA_",
+    "HF_",
+)
 _PASSED += ("UCX_", "FI_", "TQDM_", "DIT_DS_", "AWS_", "FSSPEC_", "http", "no_proxy", "VIRTUAL_ENV")
 
 
@@ -167,7 +178,10 @@ class Fleet:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._end_all()
 
@@ -197,7 +211,10 @@ class Fleet:
         seconds: float = 20.0,
         **arguments: Any,
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `facts.ANSWERS[function](**arguments)` gives on each host, or on some: (values, errors)."""
+        """What `agent.ANSWERS[function](**arguments)` gives on each host: (values, errors).
+
+        `of`: only on these.
+        """
         wanted = {host.name for host in self.hosts} if of is None else set(of)
         asked: dict[int, Link] = {}
         for link in self._links:

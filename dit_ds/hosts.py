@@ -75,8 +75,8 @@ def read(path: Path) -> list[Host]:
         found[match[1]] = Host(match[1], tuple(range(int(match[2]))))
     if not found:
         raise ValueError(
-            f"--hostfile {path} names no machine; write a line {_LINE} for each, or leave the option "
-            "out for this machine"
+            f"--hostfile {path} names no machine; write a line {_LINE} for each, or leave the "
+            "option out for this machine"
         )
     return list(found.values())
 
@@ -155,8 +155,8 @@ def of_slurm(environment: Mapping[str, str]) -> list[Host]:
         )
     except (OSError, subprocess.CalledProcessError) as e:
         raise ValueError(
-            f"SLURM_JOB_NODELIST={nodes}: `scontrol show hostnames` failed ({e}); run this inside of "
-            "the Slurm job, or give --hostfile"
+            f"SLURM_JOB_NODELIST={nodes}: `scontrol show hostnames` failed ({e}); run this inside "
+            "of the Slurm job, or give --hostfile"
         ) from e
     names = done.stdout.split()
     if gpus := environment.get("SLURM_GPUS_ON_NODE"):
@@ -166,9 +166,7 @@ def of_slurm(environment: Mapping[str, str]) -> list[Host]:
         parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
         counts = [int(n) for n, times in parts for _ in range(int(times or 1))]
         counts += counts[-1:] * (len(names) - len(counts))
-    return [
-        Host(name, tuple(range(count))) for name, count in zip(names, counts, strict=False)
-    ]
+    return [Host(name, tuple(range(count))) for name, count in zip(names, counts, strict=False)]
 
 
 def of_this_machine(slots: int | None, include: str = "") -> list[Host]:

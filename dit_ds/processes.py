@@ -27,7 +27,7 @@ def adopt_orphans() -> None:
 
 
 def state(pid: int) -> str:
-    """One letter of /proc: R runs, S sleeps, T is stopped, D sleeps uninterruptibly; Z or empty: gone."""
+    """A letter: R runs, S sleeps, T is stopped, D sleeps uninterruptibly; Z or empty: gone."""
     return _stat(pid)[0]
 
 
@@ -72,4 +72,6 @@ def _described(pid: int) -> str:
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
         where = Path(f"/proc/{pid}/wchan").read_text()
-    return f"process {pid}, state {state(pid) or 'gone'}{f' in {where}' if where else ''}: {command}"
+    return (
+        f"process {pid}, state {state(pid) or 'gone'}{f' in {where}' if where else ''}: {command}"
+    )

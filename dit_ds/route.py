@@ -32,8 +32,8 @@ def to(peer: str) -> Route:
         family, _, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
     except OSError as e:
         raise ValueError(
-            f"{socket.gethostname()} cannot resolve {peer} ({e}); enter it into DNS or /etc/hosts of "
-            "every host"
+            f"{socket.gethostname()} cannot resolve {peer} ({e}); enter it into DNS or "
+            "/etc/hosts of every host"
         ) from e
     with socket.socket(family, socket.SOCK_DGRAM) as s:
         try:

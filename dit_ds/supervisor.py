@@ -3,9 +3,9 @@
     python -m dit_ds.supervisor [options] --module dit_ds.train --config RECIPE ...
     python -m dit_ds.supervisor [options] tools/precompute_latents.py --images ...
 
-`launch/train.sh` and `launch/run.sh` call it. Options have the names that DeepSpeed's launcher gives
-them. Exit code 0: the run says itself that it is done, or has saved as it was asked to; 2: a user's
-mistake; 1: anything else, with the rank that failed first.
+`launch/train.sh` and `launch/run.sh` call it. Options have the names that DeepSpeed's launcher
+gives them. Exit code 0: the run says itself that it is done, or has saved as it was asked to; 2: a
+user's mistake; 1: anything else, with the rank that failed first.
 """
 
 from __future__ import annotations
@@ -134,10 +134,8 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
 
 def fit(fleet: Fleet, target: Target, *, again: bool) -> bool:
     """Whether to start on these hosts; at a restart, those that are not fit are left out."""
-    unfit = dict(fleet.unreachable)
     looked = preflight.look(fleet, run=target.run, data=target.data)
-    for fault in looked.faults:
-        unfit.setdefault(fault.host, f"{fault.what}; {fault.remedy}")
+    unfit = {fault.host: f"{fault.what}; {fault.remedy}" for fault in looked.faults}
     for name, why in unfit.items():
         say(f"going on without {name}: {why}" if again else f"{name}: {why}")
         fleet.leave(name)
@@ -185,9 +183,9 @@ def hopeless(failures: Sequence[Failure]) -> str:
     places = {f.outcome.cause.host for f in last if f.outcome.cause}
     where = f"always first on {places.pop()}" if len(places) == 1 else "on one host or another"
     return (
-        f"{len(last)} attempts in a row failed at step {steps.pop()}, {where}, and nothing was saved "
-        f"since step {saved.pop()}: not starting again. Hardware seldom fails at one step; look at "
-        "the data and the settings of that step, or at that host"
+        f"{len(last)} attempts in a row failed at step {steps.pop()}, {where}, and nothing was "
+        f"saved since step {saved.pop()}: not starting again. Hardware seldom fails at one step; "
+        "look at the data and the settings of that step, or at that host"
     )
 
 
@@ -214,7 +212,9 @@ def hold(run: Path, node_rank: int | None) -> object:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        return files.lock(run / (".supervisor" if node_rank is None else f".supervisor-{node_rank}"))
+        return files.lock(
+            run / (".supervisor" if node_rank is None else f".supervisor-{node_rank}")
+        )
     except ValueError as e:
         raise ValueError(
             f"--run {run}: {e}; end that training first (SIGTERM to it), or choose another run "
@@ -265,8 +265,8 @@ def choose(options: argparse.Namespace) -> Wanted:
     number = options.node_rank
     if number is None or not 0 <= number < len(found) or not options.master_addr:
         raise ValueError(
-            f"--no_ssh needs --node_rank 0 to {len(found) - 1}, this machine's place in the hostfile, "
-            "and --master_addr, the first one's name; give all three on each machine"
+            f"--no_ssh needs --node_rank 0 to {len(found) - 1}, this machine's place in the "
+            "hostfile, and --master_addr, the first one's name; give all three on each machine"
         )
     before = sum(len(host.slots) for host in found[:number])
     world = sum(len(host.slots) for host in found)

@@ -42,8 +42,8 @@ def start(lab: Lab, host: str, folder: Path, *command: str, **more: Any) -> subp
     )
 
 
-def told(process: subprocess.Popen[str], *, expect: int = 0) -> str:
+def told(process: subprocess.Popen[str], *, expect: int = 0, timeout: float = 240) -> str:
     """What a command prints, to its end."""
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=timeout)
     assert process.returncode == expect, text
     return text

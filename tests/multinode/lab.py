@@ -35,7 +35,7 @@ class Lab:
         self.names = [f"n{i + 1}" for i in range(num_hosts)]
         self._folder, self._prefix = folder, f"lab{os.getpid()}"
         self._inits: dict[str, int] = {}  # process id of each host's first process
-        self._outer: list[subprocess.Popen[bytes]] = []
+        self._outer: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Lab:
         try:
@@ -46,9 +46,8 @@ class Lab:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for process in self._outer:
-            process.kill()  # and with it every process of its host
-            process.wait()
+        for name in list(self._outer):
+            self.lose(name)
         for name in (*self.names, "switch"):
             _run("ip", "netns", "del", self._net(name), check=False)
 
@@ -61,6 +60,37 @@ class Lab:
         """A hostfile of some of the hosts, with a rank on each."""
         path.write_text("".join(f"{name} slots=1\n" for name in hosts))
         return path
+
+    def cut(self, name: str) -> None:
+        """Unplug a host's cable: nothing arrives and nothing says so."""
+        _run("ip", "-n", self._net("switch"), "link", "set", name, "down")
+
+    def join(self, name: str) -> None:
+        """Plug it in again."""
+        _run("ip", "-n", self._net("switch"), "link", "set", name, "up")
+
+    def lose(self, name: str) -> None:
+        """Switch a host off, and with it all its processes; the others hear nothing."""
+        if name in self._inits:
+            self.cut(name)
+        process = self._outer.pop(name)
+        process.kill()
+        process.wait()
+
+    def boot(self, name: str) -> None:
+        """Switch a host on."""
+        script = _HOST.format(name=name, folder=self._folder)
+        enter = ["ip", "netns", "exec", self._net(name), "unshare", "-pmuif", "--kill-child"]
+        command = [*enter, "--mount-proc", "bash", "-c", script]
+        with open(self._folder / f"{name}.log", "ab") as log:
+            files: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self._outer[name] = subprocess.Popen(command, **files, start_new_session=True)
+        self._inits[name] = _child_of(self._outer[name].pid)
+        self.join(name)
+
+    def wait_for(self, name: str) -> None:
+        """Until it answers by ssh."""
+        _until(lambda: self._answers(name), f"{name} by ssh", self._folder)
 
     def _net(self, name: str) -> str:
         return f"{self._prefix}-{name}"
@@ -80,15 +110,9 @@ class Lab:
             _run("ip", "-n", net, "link", "set", "lo", "up")
             _run("ip", "-n", net, "link", "set", "eth0", "up")
             _run("ip", "-n", net, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "eth0")
-            script = _HOST.format(name=name, folder=self._folder)
-            enter = ["ip", "netns", "exec", net, "unshare", "-pmuif", "--kill-child"]
-            command = [*enter, "--mount-proc", "bash", "-c", script]
-            with open(self._folder / f"{name}.log", "ab") as log:
-                files: Any = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-                self._outer.append(subprocess.Popen(command, **files, start_new_session=True))
-            self._inits[name] = _child_of(self._outer[-1].pid)
+            self.boot(name)
         for name in self.names:
-            _until(lambda name=name: self._answers(name), f"{name} by ssh", self._folder)
+            self.wait_for(name)
 
     def _answers(self, name: str) -> bool:
         command = self.command(self.names[0], "ssh", name, "true")
