@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_ds import retention
 from dit_ds.archive import Checkpoint, CheckpointError, Unreadable
-from dit_ds.retention import Keep, committed, latest, leftovers, step_of
+from dit_ds.retention import Identity, Keep, committed, identity, latest, leftovers, step_of
 
 
 def num_bytes(path: Path) -> int:
@@ -31,10 +32,11 @@ class Found:
 
     checkpoint: absent if its index is of no use. fault: what is wrong with its index, ranges,
     headers or sizes. latest: `latest` names it. newer: than that one, so that no resume takes it,
-    and the next save removes it.
+    and the next save removes it. identity: of the folder that this is about.
     """
 
     path: Path
+    identity: Identity
     checkpoint: Checkpoint | None
     fault: CheckpointError | None
     latest: bool
@@ -48,14 +50,24 @@ def look(root: Path) -> list[Found]:
     for path in committed(root):
         checkpoint, fault = None, None
         try:
+            looked_at = identity(path)
+        except FileNotFoundError:
+            continue  # the training has removed it meanwhile
+        try:
             checkpoint = Checkpoint.open(path)
             checkpoint.check_headers()
         except CheckpointError as e:
             fault = e
-        if path.is_dir():  # the training may have removed it meanwhile
+        if path.is_dir():  # or a removal made the fault
             newer = named is not None and step_of(path) > step_of(named)
-            found.append(Found(path, checkpoint, fault, latest=path == named, newer=newer))
+            latest_is = path == named
+            found.append(Found(path, looked_at, checkpoint, fault, latest=latest_is, newer=newer))
     return found
+
+
+def usable(found: list[Found]) -> list[Checkpoint]:
+    """Those that a resume would take, as far as headers tell; newest first."""
+    return [f.checkpoint for f in found if f.checkpoint and not f.fault and not f.newer]
 
 
 def rule_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -79,13 +91,16 @@ class Plan:
     """What a prune is to do, newest first, with the reasons.
 
     keep: the rule, absent if nothing is whole. stay: whole to the last byte, of at most the step
-    that `latest` names; if there is none, nothing is removed. leave: not ours to judge.
+    that `latest` names; if there is none, nothing is removed. leave: not ours to judge. identities:
+    of the folders that were looked at. latest: what `latest` named then.
     """
 
     keep: Keep | None
     stay: list[Path]
     remove: dict[Path, str]
     leave: dict[Path, str]
+    identities: dict[Path, Identity]
+    latest: Path | None
 
 
 def plan(root: Path, asked: dict[str, Any], *, alone: bool) -> Plan:
@@ -101,7 +116,7 @@ def plan(root: Path, asked: dict[str, Any], *, alone: bool) -> Plan:
     """
     found = look(root)
     faults = {f.path: f.fault for f in found if f.fault is not None}
-    good = [f.checkpoint for f in found if f.checkpoint and not f.fault and not f.newer]
+    good = usable(found)
     named = {f.path for f in found if f.latest}
     verified: set[Path] = set()
     while True:
@@ -137,7 +152,27 @@ def plan(root: Path, asked: dict[str, Any], *, alone: bool) -> Plan:
         (remove if alone else leave)[path] = "of a save that was not committed, or of a removal"
     if found and not stay:
         remove, leave = {}, leave | remove
-    return Plan(keep, kept, remove, leave)
+    identities = {f.path: f.identity for f in found}
+    return Plan(keep, kept, remove, leave, identities, latest=next(iter(named), None))
+
+
+def carry_out(root: Path, plan: Plan) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Remove what a plan says, and nothing that came since it was made.
+
+    Returns:
+        What was left for that, with the reasons; and what could not be removed.
+    """
+    left: dict[Path, str] = {}
+    faults: dict[Path, str] = {}
+    for path in plan.remove:
+        try:
+            if path == latest(root) != plan.latest:
+                left[path] = "what latest names now"
+            elif not retention.remove(path, only=plan.identities.get(path)):
+                left[path] = "saved again meanwhile"
+        except OSError as e:
+            faults[path] = f"{path} could not be removed: {e}"
+    return left, faults
 
 
 def _rule(good: list[Checkpoint], asked: dict[str, Any]) -> Keep:

@@ -124,22 +124,45 @@ def tidy(root: Path, keep: Keep, *, newest: int, known: dict[int, dict[str, floa
     return [path.name for path in gone]
 
 
-def remove(path: Path) -> None:
+Identity = tuple[int, int, int]
+
+
+def identity(path: Path) -> Identity:
+    """What tells a checkpoint from one that took its name later; OSError if it is gone."""
+    found = path.lstat()
+    # The time too, in which a checkpoint's folder got its index: file systems use inodes again.
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def remove(path: Path, *, only: Identity | None = None) -> bool:
     """Delete a checkpoint or a leftover; a kill in the middle leaves nothing like a checkpoint.
 
+    Args:
+        path: what to delete.
+        only: that one; another one that has its name meanwhile stays.
+
+    Returns:
+        False if another one stays. That it is gone already counts as deleted.
+
     Raises:
-        OSError: it could not be removed; that it is gone already is none.
+        OSError: it could not be removed.
     """
     doomed = path
     with contextlib.suppress(FileNotFoundError):
+        if only is not None and identity(path) != only:
+            return False
         if not path.name.startswith("."):
             doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old.tmp")
             path.rename(doomed)
+            if only is not None and identity(doomed) != only:  # it came this very moment
+                doomed.rename(path)
+                return False
             files.sync(path.parent)  # or a power cut might give the name back to what is left
         if doomed.is_dir() and not doomed.is_symlink():
             shutil.rmtree(doomed)
         else:
             doomed.unlink()  # what it points to is not ours
+    return True
 
 
 def leftovers(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -409,6 +410,70 @@ def test_what_others_remove_meanwhile_is_no_fault(run: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(prune, range(32)))
     assert steps(run) == [8] and not retention.leftovers(run / "checkpoints")
+
+
+def commit_again(run: Path, step: int) -> None:
+    """A checkpoint like another one takes its place, as when a training went back."""
+    aside = run / "checkpoints" / ".step-x.tmp"
+    shutil.copytree(at(run, step), aside)
+    (aside / "index.json.tmp").write_bytes((aside / "index.json").read_bytes())
+    (aside / "index.json.tmp").rename(aside / "index.json")
+    retention.remove(at(run, step))
+    aside.rename(at(run, step))
+
+
+def test_what_was_saved_again_since_it_was_looked_at_stays(run: Path) -> None:
+    plan = inventory.plan(run / "checkpoints", {"last": 1}, alone=False)
+    commit_again(run, 4)
+    retention.remove(at(run, 6))
+    assert inventory.carry_out(run / "checkpoints", plan) == (
+        {at(run, 4): "saved again meanwhile"},
+        {},
+    )
+    assert steps(run) == [4, 8]
+
+
+def test_what_is_saved_in_the_moment_of_its_removal_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, looked_at = retention.identity, retention.identity(at(run, 4))
+
+    def look_and_wait(path: Path) -> retention.Identity:
+        found = look(path)
+        if found == looked_at:
+            commit_again(run, 4)
+        return found
+
+    monkeypatch.setattr(retention, "identity", look_and_wait)
+    assert not retention.remove(at(run, 4), only=looked_at)
+    assert steps(run) == list(STEPS) and not retention.leftovers(run / "checkpoints")
+    assert not list(archive.Checkpoint.open(at(run, 4)).faults())
+
+
+def test_what_latest_names_when_it_would_go_stays(run: Path) -> None:
+    plan = inventory.plan(run / "checkpoints", {"last": 1}, alone=False)
+    (run / "checkpoints" / "latest").write_text("step-00000002\n")
+    left, _ = inventory.carry_out(run / "checkpoints", plan)
+    assert left == {at(run, 2): "what latest names now"} and steps(run) == [2, 8]
+
+
+def test_a_removal_that_fails_hides_no_other(
+    run: Path, tool: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def failing(path: Path) -> None:
+        if "step-00000004" in path.name:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    told = tool("prune", run, "--keep", 1, "--json", expect=1)
+    assert steps(run) == [8] and len(retention.leftovers(run / "checkpoints")) == 1
+    assert facts(told)["removed"] == ["step-00000006", "step-00000002"]
+    (fault,) = facts(told)["faults"]
+    assert fault.startswith(f"{at(run, 4)} could not be removed: ") and "not permitted" in fault
+    assert f"FAULT: {fault}" in told and told.count("removed  step-") == 2
 
 
 # command line

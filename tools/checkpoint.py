@@ -5,7 +5,8 @@
     python tools/checkpoint.py prune RUN_DIR --keep 1 --dry-run
 
 See `dit_ds.inventory` and `dit_ds.archive`. All work while the run trains. Exits with 1 if there
-are faults (`prune`: if nothing is whole), with 2 on mistakes, with 130 on Ctrl-C.
+are faults (`prune`: if nothing is whole, or something could not be removed), with 2 on mistakes,
+with 130 on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def _folder(run: Path) -> Path:
 
 def _show(root: Path, args: argparse.Namespace) -> Facts:
     found = inventory.look(root)
-    good = [f.checkpoint for f in found if f.checkpoint and not f.fault and not f.newer]
+    good = inventory.usable(found)
     resumed = good[0].path if good else None
     rule = inventory.rule_of(good[0]) if good else {}
     keep = retention.Keep(**rule) if rule else None
@@ -203,21 +204,24 @@ def _hold(run: Path) -> IO[bytes] | None:
 
 
 def _carry_out(root: Path, plan: inventory.Plan, dry_run: bool) -> Facts:
+    sizes = {path: inventory.num_bytes(path) for path in plan.remove}
+    # All of them, whoever reads what is said.
+    left, failed = ({}, {}) if dry_run else inventory.carry_out(root, plan)
+    gone = {path: why for path, why in plan.remove.items() if path not in left | failed}
+    left = plan.leave | left
     for path in plan.stay:
         _say(f"stays    {path.name}  {_size(inventory.num_bytes(path))}  ok, every byte")
-    for path, why in plan.leave.items():
+    for path, why in left.items():
         _say(f"left     {path.name}  {_size(inventory.num_bytes(path))}  {why}")
-    sizes = {path: inventory.num_bytes(path) for path in plan.remove}
-    for path in () if dry_run else plan.remove:  # all of them, whoever reads what is said
-        retention.remove(path)
-    for path, why in plan.remove.items():
+    for path, why in gone.items():
         _say(f"{'would go' if dry_run else 'removed '} {path.name}  {_size(sizes[path])}  {why}")
-    removed, freed = [path.name for path in plan.remove], sum(sizes.values())
+    for fault in failed.values():
+        _say(f"FAULT: {fault}")
+    freed, faults = sum(sizes[path] for path in gone), list(failed.values())
     free = shutil.disk_usage(root).free
-    faults = []
     if plan.stay or plan.remove:
         done = "would remove {}, and free {}" if dry_run else "removed {}, and freed {}"
-        told = done.format(len(removed), _size(freed))
+        told = done.format(len(gone), _size(freed))
         rule = f"the rule keeps {plan.keep}; " if plan.keep else ""
         _say(f"{rule}{told}; {_size(free)} free on the disk now")
     else:
@@ -225,8 +229,8 @@ def _carry_out(root: Path, plan: inventory.Plan, dry_run: bool) -> Facts:
         _say(f"FAULT: {faults[0]}")
     return {
         "stay": [path.name for path in plan.stay],
-        "left": {path.name: why for path, why in plan.leave.items()},
-        "removed": removed,
+        "left": {path.name: why for path, why in left.items()},
+        "removed": [path.name for path in gone],
         "freed_bytes": freed,
         "free_bytes": free,
         "dry_run": dry_run,
