@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from dit_ds import distributed
 
 SAVE, STOP = 1, 2
+_ALONE_SECONDS = 600.0
 
 
 def check(*, expect_ranks: int | None) -> None:
@@ -40,14 +45,8 @@ def check(*, expect_ranks: int | None) -> None:
 
 def _hostfile() -> Path | None:
     """The `--hostfile` of the `deepspeed` command among our ancestors, where /proc tells it."""
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-            folder = Path(f"/proc/{pid}/cwd").resolve()
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return None
+    for process in _ancestors():
+        words = process.words
         program = next((i for i, w in enumerate(words[:3]) if Path(w).name == "deepspeed"), None)
         if program is None:
             continue
@@ -58,14 +57,63 @@ def _hostfile() -> Path | None:
             # a space.
             name, equals, value = word.partition("=")
             if word == "-H" or (name.startswith("--ho") and "--hostfile".startswith(name)):
-                return folder / (value if equals else words[i + 1])
+                return process.folder / (value if equals else words[i + 1])
             if word.startswith("-H"):
-                return folder / word[2:]
+                return process.folder / word[2:]
     return None
+
+
+class _Process(NamedTuple):
+    pid: int
+    began: str
+    words: list[str]
+    folder: Path
+
+
+def _ancestors() -> Iterator[_Process]:
+    """Our parent, its parent, and so on, as far as /proc shows them."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            folder = Path(f"/proc/{pid}/cwd").resolve()
+            parent, began = _stat(pid)
+        except OSError:
+            return
+        yield _Process(pid, began, words, folder)
+        pid = parent
+
+
+def _stat(pid: int) -> tuple[int, str]:
+    """Parent and time of birth; a process that is gone, but not yet reaped, was never born."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), "" if fields[0] == "Z" else fields[19]
+
+
+def _launchers() -> list[_Process]:
+    """DeepSpeed's launchers above us, up to the command, or to the ssh session from its host."""
+    found: list[_Process] = []
+    for process in _ancestors():
+        names = {Path(word.rstrip(":")).name for word in process.words[:3]}
+        if not found and "deepspeed.launcher.launch" not in process.words:
+            return []
+        found.append(process)
+        if names & {"deepspeed", "sshd", "sshd-session"}:
+            return found
+    return found[:1]
+
+
+def _is_gone(process: _Process) -> bool:
+    try:
+        return _stat(process.pid)[1] != process.began
+    except OSError:
+        return True
 
 
 class Requests:
     """SIGUSR1 (save), SIGTERM or Ctrl-C (save and end) and `stop_after_hours`, agreed on by all.
+
+    So is the end of a launcher: DeepSpeed's, killed or asked to end, leaves its ranks training.
 
     A handler only takes a note, since a launcher signals its ranks one after another; the ranks
     compare notes at a step boundary and then act together. Made first of all, so that no signal
@@ -78,6 +126,17 @@ class Requests:
         signal.signal(signal.SIGUSR1, self._note)
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
+        self._alone = False
+        if launchers := _launchers():
+            threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
+
+    def _watch(self, launchers: list[_Process]) -> None:
+        while not any(map(_is_gone, launchers)):
+            time.sleep(1.0)
+        self._alone = True
+        time.sleep(_ALONE_SECONDS)  # for all to save; others may be gone for good
+        print("error: DeepSpeed's launcher is gone, and the ranks did not end", file=sys.stderr)
+        os._exit(1)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = max(self._noted, SAVE if number == signal.SIGUSR1 else STOP)
@@ -91,4 +150,5 @@ class Requests:
         if stop_after_hours is not None:
             late = time.monotonic() - self._began > stop_after_hours * 3600
             noted = STOP if late else noted
+        noted = STOP if self._alone else noted
         return int(distributed.reduce_max(noted))

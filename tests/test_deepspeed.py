@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -70,6 +71,29 @@ def test_a_launch_trains_and_sigterm_to_its_ranks_ends_it_in_good_order(
     assert "stopped as asked at step" in text and "Traceback" not in text
     latest = (tiny["run"] / "checkpoints" / "latest").read_text().strip()
     assert runs.metrics(tiny["run"])[-1]["step"] == int(latest.removeprefix("step-"))
+
+
+@pytest.mark.parametrize("level", ["deepspeed", "launch.py"])
+def test_ranks_save_and_end_when_a_launcher_is_killed(tiny: dict[str, Any], level: str) -> None:
+    arguments = ["--num_gpus", "1", "--module", "dit_ds.train"]
+    arguments += runs.arguments(
+        tiny, FP32, "train.steps=1000000", "train.checkpoint_every=1000000", "train.log_every=1"
+    )
+    with launch(*arguments) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 5/"):
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+                (launcher,) = map(int, children.read_text().split())
+                os.kill(process.pid if level == "deepspeed" else launcher, signal.SIGKILL)
+                break
+        deadline = time.monotonic() + 30
+        while not (tiny["run"] / "done.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.stdout.read()  # to the end of the last process that holds it
+    done = json.loads((tiny["run"] / "done.json").read_text())
+    assert (tiny["run"] / "checkpoints" / "latest").read_text().strip() == f"step-{done['step']:08d}"
 
 
 def test_a_hostfile_that_does_not_exist_is_refused_under_bare_deepspeed(
