@@ -92,7 +92,9 @@ def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 # Batches of 3: two full ones and a rest, so that no number of ranks divides them; and one batch.
-@pytest.mark.parametrize("choice", ["--classes=0-1,29 --per-class=3", "--num=8", "--num=1"])
+@pytest.mark.parametrize(
+    "choice", ["--classes=0-1,29 --per-class=3", "--num-images=8", "--num-images=1"]
+)
 def test_any_number_of_ranks_writes_the_same_bytes(
     source: list[str], tmp_path: Path, choice: str
 ) -> None:
@@ -112,7 +114,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 def test_batch_size_changes_no_more_than_rounding(source: list[str], tmp_path: Path) -> None:
     for batch in ("2", "9"):
-        arguments = [*source, "--num", "9", "--batch-size", batch]
+        arguments = [*source, "--num-images", "9", "--batch-size", batch]
         run_ranks(1, tool, "sample", *arguments, *outputs(tmp_path, batch))
     one, other = load(tmp_path / "2.npz"), load(tmp_path / "9.npz")
     assert np.abs(one[0].astype(int) - other[0].astype(int)).max() <= 1
@@ -162,7 +164,7 @@ def test_random_classes_belong_to_the_image() -> None:
 
 
 def test_the_evaluator_of_the_field_can_stream_it(source: list[str], tmp_path: Path) -> None:
-    run_ranks(1, tool, "sample", *source, "--num", "5", *outputs(tmp_path))
+    run_ranks(1, tool, "sample", *source, "--num-images", "5", *outputs(tmp_path))
     with zipfile.ZipFile(tmp_path / "x.npz") as archive:
         assert archive.testzip() is None
         with archive.open("arr_0.npy") as member:  # as ADM's evaluator opens it
@@ -190,7 +192,7 @@ def test_the_grid_holds_the_first_of_each_class() -> None:
 def test_memory_does_not_grow_with_the_number_of_images(source: list[str], tmp_path: Path) -> None:
     peaks = []
     for num in (1_000, 10_000):
-        arguments = [*source, "--steps", "1", "--num", str(num), "--batch-size", "50"]
+        arguments = [*source, "--steps", "1", "--num-images", str(num), "--batch-size", "50"]
         peaks.append(run_ranks(2, tool, "sample", *arguments, *outputs(tmp_path, str(num))))
     more = [many - few for few, many in zip(*peaks, strict=True)]
     assert load(tmp_path / "10000.npz")[0].nbytes > 30_000_000
@@ -198,7 +200,7 @@ def test_memory_does_not_grow_with_the_number_of_images(source: list[str], tmp_p
 
 
 def test_a_disk_too_small_is_told_before_the_first_image(source: list[str], tmp_path: Path) -> None:
-    many = [*source, "--num", str(10**12), *outputs(tmp_path / "new")]
+    many = [*source, "--num-images", str(10**12), *outputs(tmp_path / "new")]
     told = run_ranks(2, tool, "sample", *many, expect=2)
     assert re.search(r"x\.npz: 10+ images of 32 pixels take \d+\.\d+ GB, and .* has", told[0])
     assert told[1] == "" and not list((tmp_path / "new").iterdir())
@@ -215,7 +217,7 @@ def test_a_disk_that_fills_up_leaves_what_was_there(
     source: list[str], tmp_path: Path, num_bytes: int
 ) -> None:
     (tmp_path / "x.npz").write_text("before")
-    arguments = [*source, "--num", "20", "--batch-size", "4", *outputs(tmp_path)]
+    arguments = [*source, "--num-images", "20", "--batch-size", "4", *outputs(tmp_path)]
     told = run_ranks(2, full_after, num_bytes, *arguments, expect=2)
     assert "x.npz cannot be written (File too large); what was there is untouched" in told[0]
     assert "Traceback" not in told[0] and told[1] == ""
@@ -239,7 +241,7 @@ def killed_at(num_bytes: int, file: str, *arguments: str) -> None:
 def test_a_kill_leaves_no_half_and_hinders_no_other_start(
     source: list[str], tmp_path: Path
 ) -> None:
-    arguments = [*source, "--num", "2000", "--batch-size", "100", *outputs(tmp_path)]
+    arguments = [*source, "--num-images", "2000", "--batch-size", "100", *outputs(tmp_path)]
     written = str(tmp_path / "x.npz.tmp")
     assert -signal.SIGKILL in kill_ranks(2, killed_at, 1_000_000, written, *arguments)
     assert [p.name for p in tmp_path.iterdir()] == ["x.npz.tmp"]
@@ -248,8 +250,20 @@ def test_a_kill_leaves_no_half_and_hinders_no_other_start(
     assert len(load(tmp_path / "x.npz")[0]) == 2000
 
 
+def test_deepspeed_takes_no_option_for_its_own() -> None:
+    from deepspeed.launcher.runner import parse_args
+
+    tool = (REPO / "tools" / "sample.py").read_text()
+    options = re.findall(r'"(--[a-z-]+)"', tool)
+    assert "--num-images" in options
+    for option in options:  # it knows its own by their beginnings, behind the script too
+        assert parse_args(["tools/sample.py", option, "1"]).user_args == [option, "1"]
+
+
 def test_idle_ranks_are_told_of(source: list[str], tmp_path: Path) -> None:
-    told = run_ranks(3, told_by, *source, "--num", "7", "--batch-size", "4", *outputs(tmp_path))
+    told = run_ranks(
+        3, told_by, *source, "--num-images", "7", "--batch-size", "4", *outputs(tmp_path)
+    )
     assert "only 2 of 3 ranks have images to make" in told[0] and "--batch-size 3" in told[0]
     assert told[1:] == ["", ""]
 
@@ -263,8 +277,8 @@ def test_idle_ranks_are_told_of(source: list[str], tmp_path: Path) -> None:
         (["--classes", "9-2,3"], "--classes 9-2,3: 9-2 is empty; write 2-9"),
         (["--steps", "0"], "steps=0"),
         (["--per-class", "0"], "--per-class 0"),
-        (["--num", "0", "--npz", "x.npz"], "--num 0"),
-        (["--num", "9"], "give --npz FILE for all of them"),
+        (["--num-images", "0", "--npz", "x.npz"], "--num-images 0"),
+        (["--num-images", "9"], "give --npz FILE for all of them"),
         (["--per-class", "17"], "at most 16 classes and 16 images of each; give --npz"),
         (["--classes", "0-16"], "give --npz FILE for all of them"),
         (["--vae", "/nowhere/vae"], "/nowhere/vae"),

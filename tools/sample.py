@@ -2,7 +2,7 @@
 
     python tools/sample.py --run RUN_DIR --vae PATH_OR_ID --classes 0-9 --per-class 8 --out grid.png
     python tools/sample.py --weights FILE.safetensors --vae PATH_OR_ID --classes 207,360
-    deepspeed tools/sample.py ... --num 50000 --npz images.npz   # over all GPUs; the same images
+    deepspeed tools/sample.py ... --num-images 50000 --npz images.npz   # over all GPUs
 
 Always the averaged (EMA) weights. Image i of a seed is the same on any number of ranks. See
 `dit_ds.samplers` and, for what is written, `dit_ds.sampling`.
@@ -30,12 +30,12 @@ def main(arguments: list[str] | None = None) -> None:
     source.add_argument("--weights", type=Path, metavar="FILE.safetensors", help="an export")
     parser.add_argument("--vae", metavar="PATH_OR_ID", help="default: the one of the training data")
     parser.add_argument(
-        "--classes", metavar="0-9,12", help="default: the first ten, or all with --num"
+        "--classes", metavar="0-9,12", help="default: the first ten, or all with --num-images"
     )
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--per-class", type=int, default=8, metavar="N", help="default: 8")
     number.add_argument(
-        "--num", type=int, metavar="N", help="so many images of classes drawn at random"
+        "--num-images", type=int, metavar="N", help="so many images of classes drawn at random"
     )
     parser.add_argument("--cfg-scale", type=float, default=1.5, metavar="S", help="1: no guidance")
     parser.add_argument("--cfg-channels", type=int, metavar="N", help="3: as published; all")
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             check(settings, latent_shape=about.latent_shape, num_timesteps=about.num_timesteps)
             classes = parse_choice(args, about)
-            num = args.num or len(classes) * args.per_class
+            num = args.num_images or len(classes) * args.per_class
             if distributed.is_main():
                 sampling.check_outputs(args.out, args.npz, num=num, image_size=about.image_size)
             vae = latents.load_vae(args.vae or about.vae, device=distributed.device())
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             distributed.print_main(
                 "WARNING: this is not the VAE that the training data was made with"
             )
-        if args.num:
+        if args.num_images:
             labels = sampling.random_labels(classes, num, args.seed)
         else:
             labels = torch.tensor(classes).repeat_interleave(args.per_class)
@@ -111,12 +111,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_choice(args: argparse.Namespace, about: export.Description) -> list[int]:
     """The classes to make images of."""
-    most = about.num_classes if args.num else min(10, about.num_classes)
+    most = about.num_classes if args.num_images else min(10, about.num_classes)
     classes = sampling.parse_classes(args.classes or f"0-{most - 1}", about.num_classes)
-    for option, value in (("--per-class", args.per_class), ("--num", args.num)):
+    for option, value in (("--per-class", args.per_class), ("--num-images", args.num_images)):
         if value is not None and value < 1:
             raise ValueError(f"{option} {value} must be at least 1")
-    if args.npz is None and (args.num or max(len(classes), args.per_class) > GRID_SIDE):
+    if args.npz is None and (args.num_images or max(len(classes), args.per_class) > GRID_SIDE):
         raise ValueError(
             f"the picture shows at most {GRID_SIDE} classes and {GRID_SIDE} images of each; give "
             "--npz FILE for all of them, or ask for fewer"
