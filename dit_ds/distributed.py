@@ -115,6 +115,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_of_hosts() -> list[int]:
+    """How many ranks each host runs, in the order of their ranks; a collective."""
+    found: list[int] = []
+    for number in gather_json(local_rank()):
+        if number == 0 or not found:
+            found.append(0)
+        found[-1] += 1
+    return found
+
+
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints and writes what is written once."""
     return rank() == 0

@@ -315,9 +315,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beats.begin()
     try:
         distributed.init()
+        ranks_of_hosts = distributed.ranks_of_hosts()
         with distributed.agreed():
             cfg = config.load(args.config, args.overrides)
             ds_config = zero_config.load(args.deepspeed_config)
+            zero_config.check_world(
+                ds_config,
+                f"--deepspeed_config {args.deepspeed_config}",
+                device=distributed.device().type,
+                ranks_of_hosts=ranks_of_hosts,
+            )
             launched.check(expect_ranks=cfg.train.expect_ranks)
         run = command_line.run_directory(args, cfg)
         train(cfg, ds_config, run, requests, strict=args.strict)

@@ -7,11 +7,18 @@ group exists. No torch here.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_ds.config import DEEPSPEED_KEYS, RECIPE_OWNS, ConfigError, nearest
 
+_QUANTIZED = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types", "comms_logger")
 
 
@@ -49,6 +56,7 @@ def load(path: str | Path) -> dict[str, Any]:
             "choose 0, 1, 2 or 3"
         )
     _check_offload(zero, f"--deepspeed_config {path}")
+    _check_zeropp(tree, f"--deepspeed_config {path}")
     if tree.get("torch_autocast", {}).get("dtype") in ("float16", "fp16"):
         raise ConfigError(
             f"--deepspeed_config {path}: torch_autocast in float16 scales the loss outside of the "
@@ -76,6 +84,59 @@ def _check_offload(zero: dict[str, Any], source: str) -> None:
                 f"{source}: {key} to {section.get('device')} with ratio {section.get('ratio', 1)} "
                 "is not supported; choose device cpu, and all of it"
             )
+
+
+def _check_zeropp(tree: dict[str, Any], source: str) -> None:
+    """Refuse what DeepSpeed would do without, or with wrong numbers, and not say."""
+    zero, reduced_in = tree.get("zero_optimization", {}), tree.get("communication_data_type")
+    keys = (*_QUANTIZED, "zero_hpz_partition_size")
+    used = [key for key in keys if zero.get(key) not in (None, False, 1)]
+    stage = zero.get("stage", 0)
+    if used and stage != 3:
+        raise ConfigError(
+            f"{source}: {used[0]}={zero[used[0]]} does nothing at ZeRO stage {stage}; set "
+            "zero_optimization.stage=3, or remove it"
+        )
+    if zero.get("zero_quantized_gradients") and (precision(tree), reduced_in) != ("fp16", "fp16"):
+        raise ConfigError(
+            f"{source}: zero_quantized_gradients=true with {precision(tree)} and "
+            f"communication_data_type={reduced_in}: DeepSpeed's kernel takes any bytes for fp16; "
+            "set fp16.enabled and communication_data_type=fp16 as in ds_configs/zeropp.json, or "
+            "zero_quantized_gradients=false"
+        )
+
+
+def check_world(
+    tree: dict[str, Any], source: str, *, device: str, ranks_of_hosts: Sequence[int]
+) -> None:
+    """Refuse ways to communicate that these devices or hosts are not made for.
+
+    device: `cuda` or `cpu`. ranks_of_hosts: how many ranks each host runs.
+
+    Raises:
+        ConfigError: quantised communication without CUDA, or over unlike hosts; a hierarchical
+            partition that does not fit into each host.
+    """
+    zero = tree.get("zero_optimization", {})
+    quantized = [key for key in _QUANTIZED if zero.get(key)]
+    if quantized and device != "cuda":
+        raise ConfigError(
+            f"{source}: {quantized[0]}=true needs CUDA, and this rank runs on {device}: DeepSpeed "
+            "quantises by CUDA kernels only; take ds_configs/zero3_cluster.json here"
+        )
+    told = ", ".join(map(str, ranks_of_hosts))
+    if zero.get("zero_quantized_gradients") and len(set(ranks_of_hosts)) > 1:
+        raise ConfigError(
+            f"{source}: zero_quantized_gradients=true needs as many ranks on each host, and they "
+            f"have {told}; choose devices by --include, or set it to false"
+        )
+    size = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(size, int) and size > 1 and any(num % size for num in ranks_of_hosts):
+        raise ConfigError(
+            f"{source}: zero_hpz_partition_size={size} does not divide the ranks of every host "
+            f"({told}), and a second copy of the weights would span hosts; set it to "
+            f"{math.gcd(*ranks_of_hosts)}"
+        )
 
 
 def precision(deepspeed: dict[str, Any]) -> str:

@@ -83,7 +83,11 @@ def test_ranks_follow_the_curve_of_one_plain_pytorch_process(
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("path", sorted((REPO / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+# Quantised communication needs CUDA: tests/test_zero_config.py says what is known of it.
+ON_CPU = sorted(set((REPO / "ds_configs").glob("*.json")) - {REPO / "ds_configs" / "zeropp.json"})
+
+
+@pytest.mark.parametrize("path", ON_CPU, ids=lambda p: p.stem)
 def test_every_deepspeed_config_trains_on_two_ranks(tiny: dict[str, Any], path: Path) -> None:
     run_ranks(2, runs.train, *runs.arguments(tiny, path))
     expected, _ = plain_pytorch(config.load(str(tiny["recipe"])))
