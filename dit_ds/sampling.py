@@ -94,6 +94,7 @@ def check_outputs(out: Path, npz: Path | None, *, num: int, image_size: int) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise ValueError(f"{path}: {path.parent} may not be written to")
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # of a start that was killed
         free, needed = shutil.disk_usage(path.parent).free, needed + _SPARE_BYTES
         if free < needed:
             raise ValueError(
@@ -156,6 +157,7 @@ def draw(
         )
         images = torch.from_numpy(latents.decode(vae, z, space))
         store.add("images", len(ids))
+        progress.show()
         return images
 
     def take_turn(first: int) -> torch.Tensor:

@@ -95,6 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         num_shown = sampling.write(images, labels, about.image_size, args.out, args.npz)
     except ValueError as error:
         distributed.exit_with(error)
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was written\n")
     if distributed.is_main():
         seconds = time.perf_counter() - began
         print(
