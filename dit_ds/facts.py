@@ -78,9 +78,9 @@ def storage(run: str, data: list[str], token: str) -> dict[str, Any]:
     return found | {"data": {path: _manifest(Path(path)) for path in data}}
 
 
-def marks(names: list[str], seconds: float, token: str) -> list[str]:
-    """Those of the files `names` seen beside our own; waits for all, `seconds` at most."""
-    folder, deadline = _marks[token].parent, time.monotonic() + seconds
+def marks(names: list[str], patience: float, token: str) -> list[str]:
+    """Those of the files `names` seen beside our own; waits for all, `patience` seconds at most."""
+    folder, deadline = _marks[token].parent, time.monotonic() + patience
     while True:
         # Listing the folder above makes a network file system ask again for what it has cached.
         os.listdir(folder.parent)

@@ -55,14 +55,9 @@ class Report:
         """A line for each host; then one for each fault, with its remedy."""
         rows = [_COLUMNS, *(_row(host, self.facts.get(host.name)) for host in self.hosts)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        for kind, found in (("FAULT", self.faults), ("note", self.notes)):
-            hosts: dict[tuple[str, str], list[str]] = {}
-            for fault in found:
-                hosts.setdefault((fault.what, fault.remedy), []).append(fault.host)
-            for (what, remedy), names in hosts.items():
-                lines += [f"{kind}: {', '.join(names)}: {what}", f"       -> {remedy}"]
-        return files.printable("\n".join(lines))
+        table = "".join("  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in rows)
+        told = files.printable(table) + lines("FAULT", self.faults) + lines("note", self.notes)
+        return told.rstrip("\n")
 
     def as_json(self) -> dict[str, Any]:
         """All of it."""
@@ -73,6 +68,18 @@ class Report:
             "notes": [dataclasses.asdict(note) for note in self.notes],
             "network": self.network,
         }
+
+
+def lines(kind: str, found: Sequence[Fault]) -> str:
+    """Two lines for each fault or note: hosts and what, remedy."""
+    hosts: dict[tuple[str, str], list[str]] = {}
+    for fault in found:
+        hosts.setdefault((fault.what, fault.remedy), []).append(fault.host)
+    told = (
+        f"{kind} {', '.join(names)}: {what}\n    {remedy}\n"
+        for (what, remedy), names in hosts.items()
+    )
+    return files.printable("".join(told))
 
 
 def look(
@@ -162,7 +169,7 @@ def _look_at_storage(
     marks = {name: answer["mark"] for name, answer in stored.items() if answer["mark"]}
     if len(marks) > 1:
         names = sorted(marks.values())
-        seen = hosts.ask("marks", of=marks, names=names, seconds=_SHARED_SECONDS, token=token)
+        seen = hosts.ask("marks", of=marks, names=names, patience=_SHARED_SECONDS, token=token)
         found += comparison.not_shared(marks, seen, folder)
     hosts.report.faults += found
 
