@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import dit_ds
-from dit_ds import route
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "pydantic", "diffusers", "webdataset")
 _LISTEN_SECONDS = 60.0
@@ -152,8 +151,6 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "reach": reach,
     "forget": forget,
     "content": content,
-    "route": route.to,
-    "free_port": route.free_port,
 }
 
 

@@ -13,9 +13,11 @@ from tests.conftest import REPO
 HOUSE: dict[str, set[str]] = {
     "files": set(),
     "config": set(),
+    "command_line": {"config"},
     "cluster_env": set(),
     "zero_config": {"config"},
     "distributed": {"files"},
+    "beats": set(),
     "network": {"beats", "distributed", "files"},
     "draws": set(),
     "models": set(),
@@ -52,7 +54,7 @@ HOUSE: dict[str, set[str]] = {
     "archive": {"checkpoint_index"},
     "retention": {"archive", "files"},
     "inventory": {"archive", "retention"},
-    "staging": {"archive", "checkpoint_index", "distributed", "parallel"},
+    "staging": {"archive", "checkpoint_index", "distributed", "files", "parallel"},
     "checkpoint": {
         *("archive", "checkpoint_index", "distributed", "files", "parallel", "retention"),
         *("staging", "zero"),
@@ -94,9 +96,26 @@ HOUSE["benchmark"] = {
     *("archive", "checkpoint", "config", "distributed", "extract", "latents", "loader", "manifest"),
     *("models", "order", "retention", "samples", "shards", "train"),
 }
+HOUSE |= {
+    "line": set(),
+    "processes": set(),
+    "hosts": set(),
+    "route": set(),
+    "diagnosis": set(),
+    "comparison": set(),
+    "facts": set(),
+    "agent": {"beats", "facts", "line", "processes", "route"},
+    "fleet": {"diagnosis", "hosts", "line", "processes"},
+    "preflight": {"comparison", "files", "fleet", "hosts"},
+    "supervisor": {
+        *("beats", "cluster_env", "command_line", "files", "fleet", "hosts", "preflight"),
+    },
+}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}
+KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
+KNOWS_TORCH_NOT |= {"agent", "fleet", "preflight", "supervisor", "beats", "command_line"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
 
 

@@ -18,8 +18,6 @@ from dit_ds import cluster_env, config, preflight, supervisor
 from dit_ds.files import printable
 from dit_ds.fleet import Fleet
 
-ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
-
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -30,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--num_nodes", type=int, metavar="N", help="the first N machines")
     add("--num_gpus", "--num_accelerators", type=int, metavar="N", help="ranks on each machine")
     add("--master_port", type=int, default=0, metavar="PORT", help="default: any")
-    add("--env-file", type=Path, default=ENVIRONMENT, help="default: %(default)s")
+    add("--env-file", type=Path, default=supervisor.ENVIRONMENT, help="default: %(default)s")
     add("--config", metavar="RECIPE", help="names run directory and data")
     add("--run", type=Path, metavar="DIR", help="run directory, which need not exist")
     add("--data", default="", metavar="DIR_OR_URL", help="folder of a manifest.json")
