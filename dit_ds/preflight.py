@@ -24,7 +24,7 @@ from dit_ds.hosts import Host
 DISK_GB = 1.0
 """Free disk (10^9 bytes) without which nothing starts. Checkpoints of large models need more."""
 _SHARED_SECONDS = 10.0  # in which a file that one host renamed shows on the others
-_MEASURE_SECONDS = 600.0
+_MEASURE_SECONDS = 300.0  # that ranks may be at one thing: their start, a round of pairs
 _COLUMNS = (
     *("host", "ranks", "python", "torch", "deepspeed", "code", "GPUs", "driver", "cores"),
     *("memory", "disk", "clock", "interface"),
@@ -212,8 +212,7 @@ def measure(
     """
     hosts, out = list(fleet.hosts), logs.absolute() / "network.json"
     command = ["-m", "dit_ds.network", "--out", str(out)]
-    # Ranks that do not beat are in phase `start`, however far they are.
-    limits = {"start": _MEASURE_SECONDS, "step": 60.0}
+    limits = {"start": _MEASURE_SECONDS}
     job = Job(command, logs, limits=limits, environment=dict(environment or {}))
     outcome = fleet.run(job, Asked())
     with Fleet(hosts[:1], slurm=slurm) as again:  # rank 0's files may be on that host alone
@@ -223,9 +222,13 @@ def measure(
         names = {facts["hostname"]: name for name, facts in report.facts.items()}
         report.faults += comparison.network(report.network, names)
     else:
-        cause = outcome.cause.host if outcome.cause else hosts[0].name
-        what = f"the network was not measured: {outcome.why or f'there is no {out}'}"
-        report.faults.append(Fault(cause, what, f"look at the logs in {logs}"))
+        cause = outcome.cause
+        why = outcome.why or f"there is no {out}"
+        if cause and cause.kind == "stalled":
+            why = f"rank {cause.rank} hangs, {cause.seen['doing'] or 'starting'}"
+        host = cause.host if cause else hosts[0].name
+        what = f"the network was not measured: {why}"
+        report.faults.append(Fault(host, what, f"look at the ranks' logs in {logs}"))
 
 
 def _row(host: Host, facts: Mapping[str, Any] | None) -> Sequence[str]:
