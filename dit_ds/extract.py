@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import dit_ds
-from dit_ds import distributed, labels, latents, records, sources
+from dit_ds import distributed, files, labels, latents, records, sources
 from dit_ds import plan as plans
 from dit_ds.files import atomic_path
 from dit_ds.heartbeat import Heartbeat
@@ -40,7 +40,7 @@ PREVIEW_NAME = "preview.png"
 _NUM_PREVIEWS = 8
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SHARING_SECONDS = 120
+_SHARING_SECONDS = 120  # network file systems take a minute at times
 
 
 def extract(
@@ -155,15 +155,11 @@ def _check_finished(out: Path) -> None:
             ) from error
 
 
-def _wait_for(seen: Callable[[], bool], what: str) -> None:
-    """Until this host sees what another wrote: network file systems take a minute at times."""
-    began = time.monotonic()
-    while not seen():
-        if time.monotonic() - began > _SHARING_SECONDS:
-            raise ValueError(
-                f"this host does not see {what}; give an output folder that all hosts share"
-            )
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+def _wait_for(there: Callable[[], bool], what: str) -> None:
+    if not files.seen(there, seconds=_SHARING_SECONDS):
+        raise ValueError(
+            f"this host does not see {what}; give an output folder that all hosts share"
+        )
 
 
 def _num_workers(workers: int | None, ranks_here: int) -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 _CHUNK = 1 << 22
 _PATIENCE_SECONDS = 30.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def sha256(path: Path) -> str:
@@ -36,21 +38,28 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def seen(there: Callable[[], bool], *, seconds: float = _PATIENCE_SECONDS) -> bool:
+    """Whether this host comes to see what another one wrote; it waits: shared file systems lag."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return True
+
+
 def wait_until_seen(folder: Path, sizes: dict[str, int]) -> None:
-    """Wait until this host sees the files that another one wrote: shared file systems lag.
+    """Wait until this host sees files that another one wrote, each half a minute at most.
 
     Raises:
-        ValueError: half a minute was not enough.
+        ValueError: that was not enough.
     """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
     for name, size in sizes.items():
-        while not _has_size(folder / name, size):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{folder / name} was written, but {socket.gethostname()} does not see it; put "
-                    "runs on storage that all hosts share"
-                )
-            time.sleep(0.1)
+        if not seen(functools.partial(_has_size, folder / name, size)):
+            raise ValueError(
+                f"{folder / name} was written, but {socket.gethostname()} does not see it; put "
+                "runs on storage that all hosts share"
+            )
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -10,18 +10,16 @@ import functools
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
 
 import torch
 
-from dit_ds import distributed
+from dit_ds import distributed, files
 from dit_ds.archive import chunks_of
 from dit_ds.checkpoint_index import File
 from dit_ds.parallel import in_background
 
 _HASHERS = 2
-_PATIENCE_SECONDS = 30.0
 
 
 class Staging:
@@ -76,9 +74,7 @@ def write(data: memoryview, path: Path) -> File:
     Raises:
         OSError: it cannot be written, or its folder is not seen from this host.
     """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not path.parent.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.1)  # shared file systems lag
+    files.seen(path.parent.is_dir)  # if it is not, opening says so
     chunks = chunks_of(data)
     # Threads that an exit does not wait for, as it would for those of a pool.
     hashers = [
