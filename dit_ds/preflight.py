@@ -26,8 +26,8 @@ DISK_GB = 1.0
 _SHARED_SECONDS = 10.0  # in which a file that one host renamed shows on the others
 _MEASURE_SECONDS = 300.0  # that ranks may be at one thing: their start, a round of pairs
 _COLUMNS = (
-    *("host", "ranks", "python", "torch", "deepspeed", "code", "GPUs", "driver", "cores"),
-    *("memory", "disk", "clock", "interface"),
+    *("host", "ranks", "python", "torch", "code", "GPUs", "driver", "cores", "memory", "disk"),
+    *("clock", "interface"),
 )
 # Remedies where a host does not answer a question.
 _ASKED = {
@@ -112,13 +112,12 @@ def look(
         )
         _look_at_ways(hosts, token, master_port)
     finally:
-        fleet.ask("forget", of=hosts.names, token=token)
+        fleet.ask("forget", seconds=5, token=token)
     return report
 
 
-@dataclasses.dataclass
 class _Hosts:
-    """Those that answer; one that does not is at fault, and asked no more."""
+    """Those that can answer; one that cannot is at fault, and asked no more."""
 
     def __init__(self, fleet: Fleet, report: Report) -> None:
         self.fleet, self.report = fleet, report
@@ -239,7 +238,6 @@ def _row(host: Host, facts: Mapping[str, Any] | None) -> Sequence[str]:
         str(len(host.slots)),
         facts["python"],
         facts["packages"]["torch"] or "none",
-        facts["packages"]["deepspeed"] or "none",
         facts["commit"] or facts["code"][:12],
         str(facts["num_gpus"]),
         facts["driver"] or "none",
