@@ -284,7 +284,9 @@ def checkpoint(*, sizes: dict[str, int] | None = None, repeats: int = 5) -> dict
     distributed.init()
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder = Path(temporary)
-        engine, about = _make_engine(sizes or DIT_MODELS["DiT-B/2"])
+        stage_2 = {"zero_optimization": {"stage": 2}}
+        engine, about = make_engine(sizes or DIT_MODELS["DiT-B/2"], stage_2)
+        step_on_noise(engine)  # the optimizer then has its state
         checkpoints = Checkpoints(engine, folder / "checkpoints", Keep(1))
         step, found = 0, defaultdict[str, list[float]](list)
 
@@ -330,20 +332,34 @@ def checkpoint(*, sizes: dict[str, int] | None = None, repeats: int = 5) -> dict
     }
 
 
-def _make_engine(sizes: dict[str, int]) -> tuple[Any, dict[str, Any]]:
-    """An engine whose optimizer has its state, after a step on noise."""
+def make_engine(
+    sizes: dict[str, int],
+    ds_config: dict[str, Any],
+    *,
+    micro_steps: int = 1,
+    checkpoint_every: int = 0,
+) -> tuple[Any, dict[str, Any]]:
+    """An engine of a DiT of these sizes, a sample in each micro-batch, and what is known of it."""
     from dit_ds import train
 
     model = {"input_size": 32, "in_channels": 4, "num_classes": 1000, **sizes}
-    cfg = config.parse({"model": sizes}, source="benchmark")
-    split = Split.of(global_batch=1, world_size=1, micro_batch=1)
-    engine = train.build_engine(cfg, {"zero_optimization": {"stage": 2}}, split, model)
+    cfg = config.parse(
+        {"model": sizes | {"checkpoint_every": checkpoint_every}}, source="benchmark"
+    )
+    world = distributed.world_size()
+    split = Split.of(global_batch=world * micro_steps, world_size=world, micro_batch=1)
+    engine = train.build_engine(cfg, ds_config, split, model)
+    return engine, {"config": cfg.model_dump(mode="json"), "weights": {"model": model}}
+
+
+def step_on_noise(engine: Any) -> None:
+    """An optimizer step of all its micro-steps."""
     device = distributed.device()
     x, t = torch.randn(1, 4, 32, 32, device=device), torch.zeros(1, device=device)
     y = torch.zeros(1, dtype=torch.int64, device=device)
-    engine.backward(engine(x, t, y).square().mean(), scale_wrt_gas=False)
-    engine.step()
-    return engine, {"config": cfg.model_dump(mode="json"), "weights": {"model": model}}
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(engine(x, t, y).square().mean(), scale_wrt_gas=False)
+        engine.step()
 
 
 def _write_plainly(data: memoryview, path: Path) -> None:

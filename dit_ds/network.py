@@ -27,7 +27,7 @@ from tqdm import tqdm
 from dit_ds import beats, distributed, files
 
 _MOST_HOSTS_FOR_ALL_PAIRS = 16
-_REPEATS = 5
+REPEATS = 5
 # A measurement grows until it takes so long: five of them and those before are 0.2 s where the
 # network is fast.
 _LONG_SECONDS = 0.02
@@ -101,7 +101,7 @@ def rounds(num_hosts: int) -> list[list[tuple[int, int]]]:
     return found
 
 
-def bandwidth(of: Sequence[Host]) -> list[Link]:
+def bandwidth(of: Sequence[Host], *, repeats: int = REPEATS) -> list[Link]:
     """Bandwidth and latency between the hosts of each pair in `rounds`; a collective.
 
     Disjoint pairs are measured at the same time, as in training: what they share on the way (a
@@ -114,14 +114,14 @@ def bandwidth(of: Sequence[Host]) -> list[Link]:
         for a, b in together:
             if distributed.rank() in (of[a].rank, of[b].rank):
                 peer = of[b].rank if distributed.rank() == of[a].rank else of[a].rank
-                link = _measure_link(peer)
+                link = _measure_link(peer, repeats)
                 if distributed.rank() == of[a].rank:
                     mine.append([a, b, *link])
     told = sorted(itertools.chain.from_iterable(distributed.gather_json(mine)))
     return [Link((of[a].name, of[b].name), *link) for a, b, *link in told]
 
 
-def _measure_link(peer: int) -> tuple[float, float]:
+def _measure_link(peer: int, repeats: int) -> tuple[float, float]:
     """Bytes a second each way, and the seconds of a message, to and from another rank."""
 
     def exchange(out: torch.Tensor) -> torch.Tensor:
@@ -137,7 +137,7 @@ def _measure_link(peer: int) -> tuple[float, float]:
 
     def seconds_of(num_bytes: int) -> float:
         data = torch.zeros(num_bytes, dtype=torch.uint8, device=distributed.device())
-        return _median_seconds(lambda: exchange(data), slower)
+        return _median_seconds(lambda: exchange(data), slower, repeats)
 
     return _grow(seconds_of)
 
@@ -151,10 +151,12 @@ def _grow(seconds_of: Callable[[int], float]) -> tuple[float, float]:
     return num_bytes / seconds, latency
 
 
-def _median_seconds(what: Callable[[], object], slowest: Callable[[float], float]) -> float:
+def _median_seconds(
+    what: Callable[[], object], slowest: Callable[[float], float], repeats: int
+) -> float:
     """Of some turns after a first one, each as long as it took the slowest who takes part."""
     found = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         distributed.synchronize()
         began = time.perf_counter()
         what()
@@ -183,7 +185,7 @@ def slow(links: Sequence[Link]) -> tuple[list[str], list[tuple[str, str]]]:
     return slow_hosts, [link.hosts for link in others if link.bytes_per_second < usual / 2]
 
 
-def collectives() -> dict[str, float]:
+def collectives(*, repeats: int = REPEATS) -> dict[str, float]:
     """Bus bandwidth in bytes per second of what ZeRO uses, over all ranks; a collective.
 
     Bytes of the whole tensor in the seconds of the slowest rank, times (n - 1) / n of n ranks, and
@@ -195,7 +197,7 @@ def collectives() -> dict[str, float]:
         def seconds_of(num_bytes: int) -> float:
             share = torch.zeros(-(-num_bytes // (4 * world)), device=device)
             whole = torch.zeros(share.numel() * world, device=device)
-            return _median_seconds(lambda: run(whole, share), distributed.reduce_max)
+            return _median_seconds(lambda: run(whole, share), distributed.reduce_max, repeats)
 
         return _grow(seconds_of)[0] * (world - 1) / world
 
@@ -208,8 +210,11 @@ def collectives() -> dict[str, float]:
     }
 
 
-def measure() -> dict[str, Any]:
-    """All of it, as JSON; a collective. Where sums are wrong, nothing else is measured."""
+def measure(*, repeats: int = REPEATS) -> dict[str, Any]:
+    """All of it, as JSON, times as medians of `repeats` turns; a collective.
+
+    Where sums are wrong, nothing else is measured.
+    """
     found: dict[str, Any] = {
         "ranks": distributed.world_size(),
         "hosts": [host.name for host in hosts()],
@@ -218,7 +223,7 @@ def measure() -> dict[str, Any]:
     }
     if found["wrong_sums"]:
         return found
-    links = bandwidth(hosts())
+    links = bandwidth(hosts(), repeats=repeats)
     slow_hosts, slow_links = slow(links)
     beats.beat("start", doing="measuring collectives of all ranks")
     return found | {
@@ -226,7 +231,7 @@ def measure() -> dict[str, Any]:
         "links_at_once": max(map(len, rounds(len(found["hosts"]))), default=0),
         "slow_hosts": slow_hosts,
         "slow_links": slow_links,
-        "bus_bytes_per_second": collectives(),
+        "bus_bytes_per_second": collectives(repeats=repeats),
     }
 
 
