@@ -111,6 +111,7 @@ HOUSE |= {
         *("beats", "cluster_env", "command_line", "files", "fleet", "hosts", "preflight"),
     },
 }
+HOUSE["benchmark_network"] = {"benchmark", "distributed", "network", "zero"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}
