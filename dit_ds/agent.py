@@ -68,10 +68,13 @@ def main() -> None:
     os.dup2(2, 1)  # what anything else prints must not stand among the messages
     line = Line(sys.stdin.buffer, out)
     folder = Path(tempfile.mkdtemp(prefix="dit_ds-", dir=_memory()))
+    left: list[str] = []
     try:
         _serve(line, folder)
     finally:
-        left = processes.kill_descendants(_KILL_SECONDS)
+        killing = _in_thread(lambda: left.extend(processes.kill_descendants(_KILL_SECONDS)))
+        while killing.is_alive():
+            line.receive(_POLL_SECONDS)  # which beats
         shutil.rmtree(folder, ignore_errors=True)
     line.send({"bye": left})
     deadline = time.monotonic() + 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -49,7 +50,8 @@ def begin() -> None:
     folder = Path(os.environ[FOLDER])
     _file = os.open(folder / os.environ["RANK"], os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     limit = float(os.environ[LIMIT])
-    threading.Thread(target=_end_without_agent, args=(folder, limit), daemon=True).start()
+    work = (folder, limit, os.getppid())
+    threading.Thread(target=_end_without_agent, args=work, daemon=True).start()
     beat("start")
 
 
@@ -74,7 +76,7 @@ class Pulse:
         os.pwrite(self._file, b"%020d" % self._count, 0)
 
 
-def _end_without_agent(folder: Path, limit: float) -> None:
+def _end_without_agent(folder: Path, limit: float, agent: int) -> None:
     # Counted, as the clock also goes on while this process is suspended.
     silent, last = 0.0, b""
     while silent <= limit:
@@ -89,4 +91,6 @@ def _end_without_agent(folder: Path, limit: float) -> None:
         file=sys.stderr,
         flush=True,
     )
+    if os.getppid() == agent:
+        os.kill(agent, signal.SIGKILL)  # one that is only stopped; its other ranks end with it
     os._exit(1)

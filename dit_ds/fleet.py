@@ -9,40 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dit_ds import diagnosis, processes
+from dit_ds import diagnosis
 from dit_ds.diagnosis import Event
 from dit_ds.hosts import Host
-from dit_ds.line import Line
+from dit_ds.link import Link, passed
 
-_REPOSITORY = Path(__file__).parents[1]
 _GRACE_SECONDS = 2.5  # for others' news of the same failure, and their last words
 _END_SECONDS = 27.0
-_SSH = ("-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5")
-# What a host's environment needs of ours; the rest (PATH, HOME, ...) is its own.
-_PASSED: tuple[str, ...] = (
-    "NCCL_",
-    "GLOO_",
-    "DS_",
-    "OMP_",
-    "MKL_",
-    "TORCH",
-    "PYTORCH_",
-    "PYTHON",
-    "CUDA_",
-    "HF_",
-)
-_PASSED += ("UCX_", "FI_", "TQDM_", "DIT_DS_", "AWS_", "FSSPEC_", "http", "no_proxy", "VIRTUAL_ENV")
+_SILENT_SECONDS = 5.0  # of an agent that beats each second
 
 
 @dataclasses.dataclass
@@ -89,65 +70,6 @@ class Outcome:
     """Processes that could not be killed."""
 
 
-class Link:
-    """The way to the agent of one host."""
-
-    def __init__(self, host: Host, *, slurm: bool) -> None:
-        self.host, self.up = host, False
-        python = f"cd {shlex.quote(str(_REPOSITORY))} && exec {shlex.quote(sys.executable)}"
-        agent = f"{python} -m dit_ds.agent"
-        if slurm:
-            one = ("--nodes=1", "--ntasks=1", "--overlap", "--cpu-bind=none", "--unbuffered")
-            command = ["srun", *one, f"--nodelist={host.name}", "bash", "-c", agent]
-        elif host.here:
-            command = ["bash", "-c", agent]
-        else:
-            command = ["ssh", *_SSH, host.name, agent]
-        # A session of its own: the terminal's Ctrl-C is for the supervisor alone.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=processes.die_with_parent,
-        )
-        assert self.process.stdin and self.process.stdout
-        self.line = Line(self.process.stdout, self.process.stdin)
-        self._said: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def _listen(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self._said = [*self._said[-9:], line.decode(errors="replace").strip()]
-
-    def why(self) -> str:
-        """Why it is gone, with the remedy where it is known."""
-        try:
-            code = self.process.wait(2)
-        except subprocess.TimeoutExpired:
-            return f"not heard for {self.line.silent:.0f} s; the host is down, stopped or cut off"
-        said = next((line for line in reversed(self._said) if line), "")
-        for words, remedy in _REMEDIES.items():
-            if words in said:
-                return f"{said}; {remedy}"
-        how = "was killed" if code < 0 else f"ended with {code}"
-        return f"the way to its agent {how}{f' ({said})' if said else ''}"
-
-
-_REMEDIES = {
-    "Permission denied": "ssh must work without a password: ssh-copy-id, or an agent with the key",
-    "Host key verification failed": "accept its key once by hand: ssh HOST true",
-    "Could not resolve": "enter it into DNS or /etc/hosts, or correct the hostfile",
-    "Connection refused": "start sshd there",
-    "timed out": "is it up, and does its firewall let ssh through?",
-    "No route to host": "is it up, and on this network?",
-    "No such file or directory": "the repository and its environment must lie at the same paths",
-    "No module named": "the repository and its environment must lie at the same paths",
-}
-
-
 class Fleet:
     """Agents on hosts; a context manager, which ends them and all they started.
 
@@ -170,7 +92,7 @@ class Fleet:
         for link in self._links:
             if not link.up:
                 self.unreachable[link.host.name] = link.why()
-                _end(link)
+                link.end()
         self._links = [link for link in self._links if link.up]
         self.hosts = [link.host for link in self._links]
 
@@ -199,7 +121,7 @@ class Fleet:
         """Go on without a host."""
         for link in self._links:
             if link.host.name == name:
-                _end(link)
+                link.end()
         self._links = [link for link in self._links if link.host.name != name]
         self.hosts = [link.host for link in self._links]
 
@@ -354,7 +276,7 @@ class Fleet:
                         ranks[link.host.name] = message["ranks"]
                     elif "event" in message and message.get("code") != 0:
                         events.append(_event(link, message))
-                if link.line.closed or link.line.silent > 2 * _GRACE_SECONDS:
+                if link.line.closed or link.line.silent > _SILENT_SECONDS:
                     if all(e.host != link.host.name for e in events if e.kind == "lost"):
                         events.append(Event("lost", link.host.name, why=link.why()))
             time.sleep(0.02)
@@ -389,18 +311,13 @@ class Fleet:
                 for message in self._events(link):
                     if "bye" in message:
                         left[link.host.name] = message["bye"]
-                if link.host.name in left or link.line.closed or link.line.silent > 5:
+                if link.host.name in left or link.line.closed or link.line.silent > _SILENT_SECONDS:
                     waiting.remove(link)
             time.sleep(0.02)
         for link in self._links:
-            _end(link)
+            link.end()
         self._links, self.hosts = [], []
         return tuple(f"{host}: {what}" for host, all_left in left.items() for what in all_left)
-
-
-def passed() -> dict[str, str]:
-    """The part of this environment that goes to all hosts."""
-    return {name: value for name, value in os.environ.items() if name.startswith(_PASSED)}
 
 
 def _event(link: Link, message: dict[str, Any]) -> Event:
@@ -414,9 +331,3 @@ def _event(link: Link, message: dict[str, Any]) -> Event:
         message.get("tail", ""),
         seen,
     )
-
-
-def _end(link: Link) -> None:
-    if link.process.poll() is None:
-        link.process.send_signal(signal.SIGKILL)
-    link.process.wait()

@@ -28,7 +28,7 @@ from dit_ds.fleet import Asked, Fleet, Job, Outcome
 _TIMEOUTS = dict(zip(PHASES, (900.0, 1800.0, 120.0, 600.0, 900.0), strict=True))
 _SAME_FAILURES = 3
 _LAG_SECONDS = 60.0  # that a shared file system may take to show another host's file
-_ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
+ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Target:
     run: Path | None = None
     """The run directory, if it is a training."""
     data: str = ""
+    validation: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,45 +82,45 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
     environment = cluster_env.environment_of(options.env_file)
     # Held to the end: nobody else starts ranks in the run directory.
     held = hold(target.run, options.node_rank) if target.run else None
+    port = 0 if wanted.first_rank else options.master_port  # to be free on rank 0's machine
     failures: list[Failure] = []
     while True:
         with Fleet(wanted.hosts, slurm=wanted.slurm) as fleet:
-            if not fit(fleet, target, again=bool(failures)):
-                return 1
-            logs = new_logs(target.logs)
-            names = ", ".join(host.name for host in fleet.hosts)
-            say(f"{fleet.world_size} ranks on {names}; logs in {logs}")
-            job = Job(
-                target.command,
-                logs,
-                limits=limits if target.run else None,
-                environment=environment,
-                master_address=options.master_addr,
-                master_port=options.master_port,
-                first_rank=wanted.first_rank,
-                world_size=wanted.world_size,
-            )
-            before = marker(target.run)
-            outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
-        for what in outcome.left:
-            say(f"could not be killed, on {what}")
+            if fit(fleet, target, environment, port=port, again=bool(failures)):
+                logs = new_logs(target.logs)
+                names = ", ".join(host.name for host in fleet.hosts)
+                say(f"{fleet.world_size} ranks on {names}; logs in {logs}")
+                job = Job(
+                    target.command,
+                    logs,
+                    limits=limits if target.run else None,
+                    environment=environment,
+                    master_address=options.master_addr,
+                    master_port=options.master_port,
+                    first_rank=wanted.first_rank,
+                    world_size=wanted.world_size,
+                )
+                before = marker(target.run)
+                outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
+                if outcome.code == 0 and not ended_well(target.run, before):
+                    outcome = Outcome(1, "all ranks ended with 0, but the run is not done")
+                tell(outcome, logs)
+            else:
+                outcome = Outcome(1, "there are no hosts to start on")
         cause = outcome.cause
-        if outcome.code == 0 and ended_well(target.run, before):
+        if outcome.code == 0:
             break
         if asked.stop and cause and cause.code == -signal.SIGTERM:
             say("stopped before the first step; there was nothing to save")
             break
-        report(outcome, logs)
         failures.append(Failure(outcome, saved_step(target.run)))
-        if outcome.code == 2 or asked.stop:
-            return outcome.code or 1
-        if len(failures) > options.max_restarts:
-            return 1
+        if outcome.code == 2 or asked.stop or len(failures) > options.max_restarts:
+            return outcome.code
         if verdict := hopeless(failures):
             say(verdict)
             return 1
         # What still runs on a host that was lost ends by itself within the limit of a step.
-        pause = 2.0 + limits["step"] * bool(cause and cause.kind == "lost")
+        pause = min(2.0 ** len(failures), 60.0) + limits["step"] * (cause and cause.kind == "lost")
         say(f"restart {len(failures)} of {options.max_restarts} in {pause:.0f} s")
         over = time.monotonic() + pause
         while time.monotonic() < over and not asked.stop:
@@ -132,17 +133,28 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
     return 0
 
 
-def fit(fleet: Fleet, target: Target, *, again: bool) -> bool:
+def fit(
+    fleet: Fleet, target: Target, environment: dict[str, str], *, port: int, again: bool
+) -> bool:
     """Whether to start on these hosts; at a restart, those that are not fit are left out."""
-    looked = preflight.look(fleet, run=target.run, data=target.data)
-    unfit = {fault.host: f"{fault.what}; {fault.remedy}" for fault in looked.faults}
-    for name, why in unfit.items():
-        say(f"going on without {name}: {why}" if again else f"{name}: {why}")
-        fleet.leave(name)
-    if fleet.hosts and (again or not unfit):
+    looked = preflight.look(
+        fleet,
+        run=target.run,
+        data=target.data,
+        validation=target.validation,
+        environment=environment,
+        master_port=port,
+    )
+    for kind, found in (("FAULT", looked.faults), ("note", [] if again else looked.notes)):
+        print(preflight.lines(kind, found), end="", flush=True)
+    unfit = dict.fromkeys(fault.host for fault in looked.faults)
+    if not unfit:
         return True
-    if looked.faults:
-        print(looked.table(), flush=True)
+    for name in unfit:
+        fleet.leave(name)
+    if again and fleet.hosts:
+        say(f"going on without {', '.join(unfit)}")
+        return True
     say("FAILED: not all hosts can be used; mend them, or take them out of the hostfile")
     return False
 
@@ -165,10 +177,14 @@ def ended_well(run: Path | None, before: str) -> bool:
     return True
 
 
-def report(outcome: Outcome, logs: Path) -> None:
-    """Tell how an attempt failed, with the last words of the rank that did first."""
+def tell(outcome: Outcome, logs: Path) -> None:
+    """How an attempt failed, with the last words of the rank that did first."""
+    for what in outcome.left:
+        say(f"could not be killed, on {what}")
+    if outcome.code == 0:
+        return
+    say(f"FAILED: {outcome.why}")
     cause = outcome.cause
-    say(f"FAILED: {outcome.why or 'all ranks ended with 0, but none says that the run is done'}")
     if cause and cause.tail and outcome.code != 2:  # what a user did wrong, rank 0 has said
         say(f"the end of {logs}/rank-{cause.rank:05d}.log:")
         print("".join(f"    {line}\n" for line in cause.tail.splitlines()), end="", flush=True)
@@ -299,11 +315,13 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Target]:
     for phase, seconds in _TIMEOUTS.items():
         what = f"longest without progress in phase {phase} (default: {seconds:g})"
         add(f"--{phase}-timeout", type=float, default=seconds, metavar="SECONDS", help=what)
-    add("--env-file", type=Path, default=_ENVIRONMENT, metavar="FILE", help="default: %(default)s")
+    add("--env-file", type=Path, default=ENVIRONMENT, metavar="FILE", help="default: %(default)s")
     if words[:2] == ["--module", "dit_ds.train"]:
         options, rest = parser.parse_known_args(words[2:])
         run, cfg = command_line.training(rest)
-        target = Target(["-m", "dit_ds.train", *rest], run / "logs", run, cfg.data.path)
+        target = Target(
+            ["-m", "dit_ds.train", *rest], run / "logs", run, cfg.data.path, cfg.validation.path
+        )
     else:
         add("script", type=Path)
         add("arguments", nargs=argparse.REMAINDER)

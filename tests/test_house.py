@@ -71,11 +71,12 @@ HOUSE: dict[str, set[str]] = {
     },
     "launched": {"distributed"},
     "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
-    "validation": {"config", "distributed", "manifest", "samples", "zero"},
+    "validation": {"beats", "config", "distributed", "manifest", "samples", "zero"},
     "monitor": {"config", "distributed", "files", "latents", "loader", "samples"},
     "digits": {"files"},
 }
 HOUSE["train"] = {
+    *("beats", "command_line"),
     *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
     *(
         "objectives",
@@ -105,7 +106,8 @@ HOUSE |= {
     "comparison": set(),
     "facts": set(),
     "agent": {"beats", "facts", "line", "processes", "route"},
-    "fleet": {"diagnosis", "hosts", "line", "processes"},
+    "link": {"hosts", "line", "processes"},
+    "fleet": {"diagnosis", "hosts", "link"},
     "preflight": {"comparison", "files", "fleet", "hosts"},
     "supervisor": {
         *("beats", "cluster_env", "command_line", "files", "fleet", "hosts", "preflight"),
@@ -116,7 +118,7 @@ KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
 KNOWS_TORCH_NOT |= {"transfer", "remote"}
 KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
-KNOWS_TORCH_NOT |= {"agent", "fleet", "preflight", "supervisor", "beats", "command_line"}
+KNOWS_TORCH_NOT |= {"agent", "link", "fleet", "preflight", "supervisor", "beats", "command_line"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
 
 
