@@ -123,6 +123,9 @@ def _start(job: dict[str, Any], line: Line, folder: Path, limit: float) -> list[
     logs = Path(job["logs"])
     logs.mkdir(parents=True, exist_ok=True)
     common = os.environ | job["environment"]
+    # torch would take all cores in every rank, and they would fight over them.
+    cores = len(os.sched_getaffinity(0)) // len(job["ranks"])
+    common.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
     common |= {beats.FOLDER: str(folder), beats.LIMIT: str(limit)}
     ranks = []
     for local, number in enumerate(job["ranks"]):

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 
 # Each rank has its own, from the launcher.
-_OF_THE_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES")
-_OF_THE_LAUNCHER += ("MASTER_ADDR", "MASTER_PORT")
+_OF_THE_LAUNCHER = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+}
 
 
 def environment_of(path: Path) -> dict[str, str]:

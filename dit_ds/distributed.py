@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from dit_ds import files
+from dit_ds import files, hosts
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 # Small control messages travel over gloo even on GPUs: they neither wait for the GPU's queue nor
@@ -37,7 +37,7 @@ class RankError(ValueError):
 def init() -> None:
     """Join the process group that the launcher described in the environment, if it did.
 
-    Without a launcher (no WORLD_SIZE) this is a world of one. Safe to call twice.
+    Without a launcher this is a world of one. Safe to call twice.
     """
     global _control
     import deepspeed  # here, because it takes seconds that one-process tools need not wait
@@ -53,6 +53,8 @@ def init() -> None:
         # same, slowly, and so an fp16 configuration can be tried and tested anywhere.
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ and launched():
+            os.environ.update(_slurm())
         for name, value in {
             "RANK": "0",
             "LOCAL_RANK": "0",
@@ -84,6 +86,24 @@ def init() -> None:
             ) from e
     if _control is None:
         _control = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+
+def launched() -> bool:
+    """Whether a launcher, or Slurm's `srun`, has started this process as one of several."""
+    return "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _slurm() -> dict[str, str]:
+    """What `srun` tells each of its tasks, in the words of the other launchers."""
+    step = os.environ
+    number = 31 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])
+    return {
+        "RANK": step["SLURM_PROCID"],
+        "LOCAL_RANK": step["SLURM_LOCALID"],
+        "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": hosts.slurm_names(step["SLURM_STEP_NODELIST"])[0],
+        "MASTER_PORT": step.get("MASTER_PORT", str(20000 + number % 10000)),
+    }
 
 
 def _free_port() -> int:

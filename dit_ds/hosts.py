@@ -148,17 +148,7 @@ def of_slurm(environment: Mapping[str, str]) -> list[Host]:
     Raises:
         ValueError: `scontrol` does not tell their names.
     """
-    nodes = environment["SLURM_JOB_NODELIST"]
-    try:
-        done = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as e:
-        raise ValueError(
-            f"SLURM_JOB_NODELIST={nodes}: `scontrol show hostnames` failed ({e}); run this inside "
-            "of the Slurm job, or give --hostfile"
-        ) from e
-    names = done.stdout.split()
+    names = slurm_names(environment["SLURM_JOB_NODELIST"])
     if gpus := environment.get("SLURM_GPUS_ON_NODE"):
         counts = [int(gpus)] * len(names)
     else:  # such as 2(x3),1
@@ -167,6 +157,22 @@ def of_slurm(environment: Mapping[str, str]) -> list[Host]:
         counts = [int(n) for n, times in parts for _ in range(int(times or 1))]
         counts += counts[-1:] * (len(names) - len(counts))
     return [Host(name, tuple(range(count))) for name, count in zip(names, counts, strict=False)]
+
+
+def slurm_names(nodes: str) -> list[str]:
+    """The machines of a list such as `node[01-03]`.
+
+    Raises:
+        ValueError: `scontrol` does not tell them.
+    """
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise ValueError(
+            f"SLURM's nodes {nodes}: `scontrol show hostnames` failed ({e}); run this inside of a "
+            "Slurm job, or give --hostfile"
+        ) from e
 
 
 def of_this_machine(slots: int | None, include: str = "") -> list[Host]:

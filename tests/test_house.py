@@ -16,7 +16,8 @@ HOUSE: dict[str, set[str]] = {
     "command_line": {"config"},
     "cluster_env": set(),
     "zero_config": {"config"},
-    "distributed": {"files"},
+    "hosts": set(),
+    "distributed": {"files", "hosts"},
     "beats": set(),
     "network": {"beats", "distributed", "files"},
     "draws": set(),
@@ -100,7 +101,6 @@ HOUSE["benchmark"] = {
 HOUSE |= {
     "line": set(),
     "processes": set(),
-    "hosts": set(),
     "route": set(),
     "diagnosis": set(),
     "comparison": set(),

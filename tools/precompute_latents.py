@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 
 from dit_ds import distributed
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
 
-    if "WORLD_SIZE" in os.environ:  # started by a launcher
+    if distributed.launched():
         distributed.init()
     try:
         done = extract(

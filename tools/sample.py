@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     args = parser.parse_args(arguments)
-    if "WORLD_SIZE" in os.environ:  # started by a launcher
+    if distributed.launched():
         distributed.init()
     began = time.perf_counter()
     try:
