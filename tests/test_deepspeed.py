@@ -93,7 +93,8 @@ def test_ranks_save_and_end_when_a_launcher_is_killed(tiny: dict[str, Any], leve
             time.sleep(0.1)
         process.stdout.read()  # to the end of the last process that holds it
     done = json.loads((tiny["run"] / "done.json").read_text())
-    assert (tiny["run"] / "checkpoints" / "latest").read_text().strip() == f"step-{done['step']:08d}"
+    latest = (tiny["run"] / "checkpoints" / "latest").read_text()
+    assert latest.strip() == f"step-{done['step']:08d}"
 
 
 def test_a_hostfile_that_does_not_exist_is_refused_under_bare_deepspeed(
