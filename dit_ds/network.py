@@ -44,9 +44,10 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """Between two hosts, both sending at once.
+    """Between two hosts.
 
-    bytes_per_second: each way. latency_seconds: one way, of a message of 8 bytes.
+    bytes_per_second: the slower way. latency_seconds: of a message of 8 bytes, one way; gloo asks
+    before it sends, so that with it this is a round trip of the network.
     """
 
     hosts: tuple[str, str]
@@ -122,46 +123,57 @@ def bandwidth(of: Sequence[Host], *, repeats: int = REPEATS) -> list[Link]:
 
 
 def _measure_link(peer: int, repeats: int) -> tuple[float, float]:
-    """Bytes a second each way, and the seconds of a message, to and from another rank."""
+    """Bytes a second to or from another rank, the slower way, and the seconds of a message.
 
-    def exchange(out: torch.Tensor) -> torch.Tensor:
-        got = torch.empty_like(out)
-        ways = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, got, peer)]
-        for work in dist.batch_isend_irecv(ways):
+    One way at a time: TCP loses much of a narrow link where data and answers cross.
+    """
+    first = distributed.rank() < peer
+
+    def carry(way: Callable[..., Any], values: torch.Tensor) -> None:
+        for work in dist.batch_isend_irecv([dist.P2POp(way, values, peer)]):
             work.wait()
-        return got
 
-    def slower(seconds: float) -> float:
+    def agree(seconds: float) -> float:
         told = torch.tensor([seconds], dtype=torch.float64, device=distributed.device())
-        return max(seconds, float(exchange(told).item()))
+        carry(dist.isend if first else dist.irecv, told)
+        return float(told.item())
 
-    def seconds_of(num_bytes: int) -> float:
-        data = torch.zeros(num_bytes, dtype=torch.uint8, device=distributed.device())
-        return _median_seconds(lambda: exchange(data), slower, repeats)
+    def seconds_of(there: int, back: int) -> float:
+        out, answer = (
+            torch.zeros(n, dtype=torch.uint8, device=distributed.device()) for n in (there, back)
+        )
 
-    return _grow(seconds_of)
+        def turn() -> None:
+            carry(dist.isend if first else dist.irecv, out)
+            carry(dist.irecv if first else dist.isend, answer)
+
+        return _median_seconds(turn, agree, repeats)
+
+    ways = [_grow(lambda n: seconds_of(n, 8)), _grow(lambda n: seconds_of(8, n))]
+    rates = [num_bytes / (seconds - round_trip) for num_bytes, seconds, round_trip in ways]
+    return min(rates), min(round_trip for _, _, round_trip in ways) / 2
 
 
-def _grow(seconds_of: Callable[[int], float]) -> tuple[float, float]:
-    """Bytes per second of enough bytes to hide the latency, and the latency."""
+def _grow(seconds_of: Callable[[int], float]) -> tuple[int, float, float]:
+    """Enough bytes to hide the latency, the seconds that they take, and those of 8 bytes."""
     latency, num_bytes = seconds_of(8), _FIRST_BYTES
-    long = max(_LONG_SECONDS, 10 * latency)
+    long = max(_LONG_SECONDS, 5 * latency)
     while (seconds := seconds_of(num_bytes)) < long and num_bytes < _MOST_BYTES:
         num_bytes *= 4
-    return num_bytes / seconds, latency
+    return num_bytes, seconds, latency
 
 
 def _median_seconds(
-    what: Callable[[], object], slowest: Callable[[float], float], repeats: int
+    what: Callable[[], object], agree: Callable[[float], float], repeats: int
 ) -> float:
-    """Of some turns after a first one, each as long as it took the slowest who takes part."""
+    """Of some turns after a first one, each as long as all who take part agree that it took."""
     found = []
     for _ in range(repeats + 1):
         distributed.synchronize()
         began = time.perf_counter()
         what()
         distributed.synchronize()
-        found.append(slowest(time.perf_counter() - began))
+        found.append(agree(time.perf_counter() - began))
     return statistics.median(found[1:])
 
 
@@ -199,7 +211,8 @@ def collectives(*, repeats: int = REPEATS) -> dict[str, float]:
             whole = torch.zeros(share.numel() * world, device=device)
             return _median_seconds(lambda: run(whole, share), distributed.reduce_max, repeats)
 
-        return _grow(seconds_of)[0] * (world - 1) / world
+        num_bytes, seconds, _ = _grow(seconds_of)
+        return num_bytes / seconds * (world - 1) / world
 
     if world == 1:
         return {}
@@ -249,7 +262,7 @@ def tell(found: dict[str, Any]) -> list[str]:
         elif pair in map(tuple, found["slow_links"]):
             mark = "  slow link"
         lines.append(
-            f"{' - '.join(pair):32} {gigabits(link['bytes_per_second'])} each way, "
+            f"{' - '.join(pair):32} {gigabits(link['bytes_per_second'])}, "
             f"{1000 * link['latency_seconds']:.3f} ms{mark}"
         )
     if at_once > 1:

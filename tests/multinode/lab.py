@@ -7,14 +7,17 @@ openssh-server openssh-client pdsh iproute2 procps.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+_REPO = Path(__file__).parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "pdsh", "sshd")
 _HOST = """
 hostname {name}
@@ -56,10 +59,49 @@ class Lab:
         enter = ["nsenter", "-t", str(self._inits[host]), "-n", "-p", "-m", "-u", "-i"]
         return [*enter, "-w.", *command]
 
+    def ranks(self, hosts: Sequence[str], *arguments: str) -> list[list[str]]:
+        """What runs Python with these arguments as a rank on each host, without a launcher."""
+        world = {
+            "WORLD_SIZE": len(hosts),
+            "MASTER_ADDR": hosts[0],
+            "MASTER_PORT": 29500,
+            "LOCAL_RANK": 0,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": 1,
+        }
+        shared = [f"{name}={value}" for name, value in world.items()]
+        python = [sys.executable, *arguments]
+        return [
+            self.command(host, "env", *shared, f"RANK={rank}", *python)
+            for rank, host in enumerate(hosts)
+        ]
+
     def hostfile(self, path: Path, hosts: Sequence[str]) -> Path:
         """A hostfile of some of the hosts, with a rank on each."""
         path.write_text("".join(f"{name} slots=1\n" for name in hosts))
         return path
+
+    @contextlib.contextmanager
+    def shape(self, name: str, *, mbit: float, ms: float) -> Iterator[None]:
+        """Give a host a cable of so many Mbit/s that delays by `ms`, each way, for a while."""
+        switch, cable = self._net("switch"), [f"{name}-a", f"{name}-b"]
+        veth = ["type", "veth", "peer", "name", cable[1]]
+        _run("ip", "-n", switch, "link", "add", cable[0], *veth)
+        for end in cable:
+            _run("ip", "-n", switch, "link", "set", end, "up")
+        wire = [sys.executable, "-m", "tests.multinode.wire", name, cable[1], str(mbit), str(ms)]
+        enter = ["ip", "netns", "exec", switch, *wire]
+        with subprocess.Popen(enter, cwd=_REPO, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                if process.stdout is None or not process.stdout.readline():
+                    raise RuntimeError(f"no cable for {name}: {' '.join(enter)}")
+                _run("ip", "-n", switch, "link", "set", name, "nomaster")
+                _run("ip", "-n", switch, "link", "set", cable[0], "master", "br0")
+                yield
+            finally:
+                process.kill()
+                _run("ip", "-n", switch, "link", "del", cable[0])
+                _run("ip", "-n", switch, "link", "set", name, "master", "br0")
 
     def cut(self, name: str) -> None:
         """Unplug a host's cable: nothing arrives and nothing says so."""
