@@ -32,11 +32,6 @@ from typing import Any
 from dit_ds import beats, facts, processes, route
 from dit_ds.line import Line
 
-ANSWERS: dict[str, Callable[..., Any]] = {
-    **facts.ANSWERS,
-    "route": route.to,
-    "free_port": route.free_port,
-}
 _POLL_SECONDS = 0.1
 _KILL_SECONDS = 20.0
 _TAIL_LINES = 25
@@ -56,6 +51,22 @@ class Rank:
     stalled: bool = False
     oom_kills: int = 0
     copying: threading.Thread | None = None
+
+
+def end_agent(pid: int) -> None:
+    """End another agent of this host, one that is stopped, and all it started."""
+    if b"dit_ds.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        for process in [*processes.descendants(pid), pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    **facts.ANSWERS,
+    "route": route.to,
+    "free_port": route.free_port,
+    "end_agent": end_agent,
+}
 
 
 def main() -> None:

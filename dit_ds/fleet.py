@@ -66,15 +66,13 @@ class Outcome:
     cause: Event | None = None
     step: int = 0
     """The step at which the cause was seen."""
-    left: tuple[str, ...] = ()
-    """Processes that could not be killed."""
 
 
 class Fleet:
     """Agents on hosts; a context manager, which ends them and all they started.
 
     hosts: those that are there, in their order. unreachable: why the others are not, by name.
-    `ask` as often as you like; `run` ends the agents too.
+    `ask` as often as you like, `run` one job, and `end`.
     """
 
     def __init__(self, hosts: Sequence[Host], *, slurm: bool = False, seconds: float = 25) -> None:
@@ -83,17 +81,17 @@ class Fleet:
         self._answers: dict[int, dict[str, Any]] = {}
         self._questions = 0
         deadline = time.monotonic() + seconds
-        while not all(link.up or link.line.closed for link in self._links):
+        while not all(link.agent or link.line.closed for link in self._links):
             for link in self._links:
                 self._events(link)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
         for link in self._links:
-            if not link.up:
+            if not link.agent:
                 self.unreachable[link.host.name] = link.why()
                 link.end()
-        self._links = [link for link in self._links if link.up]
+        self._links = [link for link in self._links if link.agent]
         self.hosts = [link.host for link in self._links]
 
     def __enter__(self) -> Fleet:
@@ -105,7 +103,7 @@ class Fleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._end_all()
+        self.end()
 
     @property
     def world_size(self) -> int:
@@ -164,7 +162,7 @@ class Fleet:
         return values, errors
 
     def run(self, job: Job, asked: Asked, *, save_seconds: float = 600.0) -> Outcome:
-        """Start the ranks of a job, and watch them to their end; afterwards none is left.
+        """Start the ranks of a job, and watch them until all have ended, or one has failed.
 
         A signal in `asked` goes to all ranks. Asked to stop, they have `save_seconds` to end.
         """
@@ -200,13 +198,12 @@ class Fleet:
             why = f"the ranks did not save and end within --save-timeout {save_seconds:g}"
             events.append(Event("late", self.hosts[0].name, why=why))
         ranks = self._gather(events)
-        left = self._end_all()
         if events[0].kind in ("stopped", "late"):
-            return Outcome(1, events[0].why or "ended at once, as asked twice", left=left)
+            return Outcome(1, events[0].why or "ended at once, as asked twice")
         cause = diagnosis.first(events, ranks)
         step = int(cause.seen["step"]) if cause.seen else max([s["step"] for _, s in ranks] or [0])
         code = 2 if cause.kind == "ended" and cause.code == 2 else 1
-        return Outcome(code, diagnosis.sentence(cause, limits), cause, step, left)
+        return Outcome(code, diagnosis.sentence(cause, limits), cause, step)
 
     def _start(self, job: Job) -> list[Event]:
         """Tell every agent its ranks."""
@@ -290,8 +287,9 @@ class Fleet:
         """What an agent says, but for answers, which are kept, and output, which is printed."""
         found = []
         for message in link.line.receive():
-            link.up = True
-            if "answer" in message:
+            if "hello" in message:
+                link.agent = message["hello"]
+            elif "answer" in message:
                 self._answers[message["answer"]] = message
             elif "output" in message:
                 sys.stdout.write(message["output"])
@@ -300,7 +298,7 @@ class Fleet:
                 found.append(message)
         return found
 
-    def _end_all(self) -> tuple[str, ...]:
+    def end(self) -> list[str]:
         """End all agents and what they started; what could not be killed is described."""
         self._tell({"end": True})
         left: dict[str, list[str]] = {}
@@ -316,8 +314,14 @@ class Fleet:
             time.sleep(0.02)
         for link in self._links:
             link.end()
+        if silent := [link for link in self._links if link.line.silent > _SILENT_SECONDS]:
+            # Perhaps only the agent is stopped. Then a new one can end it, with all it started.
+            slurm = silent[0].slurm
+            with Fleet([link.host for link in silent], slurm=slurm, seconds=12) as again:
+                for link in silent:
+                    again.ask("end_agent", of=[link.host.name], seconds=2, pid=link.agent)
         self._links, self.hosts = [], []
-        return tuple(f"{host}: {what}" for host, all_left in left.items() for what in all_left)
+        return [f"{host}: {what}" for host, all_left in left.items() for what in all_left]
 
 
 def _event(link: Link, message: dict[str, Any]) -> Event:

@@ -36,7 +36,7 @@ class Link:
     """The way to the agent of one host."""
 
     def __init__(self, host: Host, *, slurm: bool) -> None:
-        self.host, self.up = host, False
+        self.host, self.slurm, self.agent = host, slurm, 0
         python = f"cd {shlex.quote(str(_REPOSITORY))} && exec {shlex.quote(sys.executable)}"
         agent = f"{python} -m dit_ds.agent"
         if slurm:

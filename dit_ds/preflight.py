@@ -202,10 +202,9 @@ def measure(
     report: Report,
     logs: Path,
     *,
-    slurm: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Let a rank on each device measure the network, into the report; ends the fleet.
+    """Let a rank on each device measure the network, into the report.
 
     `logs`: a new folder, the same on all hosts, for what the ranks write.
     """
@@ -214,8 +213,7 @@ def measure(
     limits = {"start": _MEASURE_SECONDS}
     job = Job(command, logs, limits=limits, environment=dict(environment or {}))
     outcome = fleet.run(job, Asked())
-    with Fleet(hosts[:1], slurm=slurm) as again:  # rank 0's files may be on that host alone
-        told, _ = again.ask("content", path=str(out))
+    told, _ = fleet.ask("content", of=[hosts[0].name], path=str(out))  # perhaps only seen there
     if hosts[0].name in told:
         report.network = json.loads(told[hosts[0].name])
         names = {facts["hostname"]: name for name, facts in report.facts.items()}

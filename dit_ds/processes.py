@@ -31,13 +31,13 @@ def state(pid: int) -> str:
     return _stat(pid)[0]
 
 
-def descendants() -> list[int]:
-    """Ids of all processes that this one started, and they, and so on."""
+def descendants(of: int) -> list[int]:
+    """Ids of all processes that a process started, and they, and so on."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             children.setdefault(_stat(int(entry))[1], []).append(int(entry))
-    found, todo = [], [os.getpid()]
+    found, todo = [], [of]
     while todo:
         more = children.get(todo.pop(), [])
         found += more
@@ -49,7 +49,7 @@ def kill_descendants(seconds: float) -> list[str]:
     """Kill them all at once; those still there after `seconds` are described, a line each."""
     deadline = time.monotonic() + seconds
     while True:
-        left = [pid for pid in descendants() if state(pid) not in ("", "Z")]
+        left = [pid for pid in descendants(os.getpid()) if state(pid) not in ("", "Z")]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

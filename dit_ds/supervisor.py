@@ -105,6 +105,8 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                 if outcome.code == 0 and not ended_well(target.run, before):
                     outcome = Outcome(1, "all ranks ended with 0, but the run is not done")
                 tell(outcome, logs)
+                for what in fleet.end():
+                    say(f"could not be killed, on {what}")
             else:
                 outcome = Outcome(1, "there are no hosts to start on")
         cause = outcome.cause
@@ -179,8 +181,6 @@ def ended_well(run: Path | None, before: str) -> bool:
 
 def tell(outcome: Outcome, logs: Path) -> None:
     """How an attempt failed, with the last words of the rank that did first."""
-    for what in outcome.left:
-        say(f"could not be killed, on {what}")
     if outcome.code == 0:
         return
     say(f"FAILED: {outcome.why}")

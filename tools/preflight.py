@@ -85,7 +85,7 @@ def look(args: argparse.Namespace) -> preflight.Report:
             print("the ranks measure the network ...", flush=True)
             logs = supervisor.new_logs(Path("runs") / "logs" / "preflight")
             told = len(report.faults)
-            preflight.measure(fleet, report, logs, slurm=wanted.slurm, environment=environment)
+            preflight.measure(fleet, report, logs, environment=environment)
             print(preflight.lines("FAULT", report.faults[told:]), end="", flush=True)
     for what in left_out:
         print(f"not looked at: {what}")

@@ -132,7 +132,7 @@ def test_a_slurm_job_saves_when_it_is_preempted_queues_again_and_goes_on(
     while not (tiny["run"] / "checkpoints" / "latest").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    subprocess.run(lab.command("n1", "pkill", "-TERM", "-f", "python -m dit_ds.supervisor"))
     text = told(process)
     assert "stopped as asked" in text and "Slurm job 17 is queued again" in text
     assert (tmp_path / "bin" / "asked").read_text() == "requeue 17\n"

@@ -176,7 +176,7 @@ def test_sigterm_saves_and_a_second_launch_is_refused(
     with running(lab, tmp_path, tiny) as process:
         second = told(train(lab, tmp_path, tiny, ["n1", "n2"], *ENDLESS), expect=2)
         assert f"{tiny['run'].name} is in use by process" in second
-        process.send_signal(signal.SIGTERM)
+        send(lab, "n1", "dit_ds.supervisor", signal.SIGTERM)
         text = told(process)
         assert "stopped as asked at step" in text
     done = json.loads((tiny["run"] / "done.json").read_text())
