@@ -42,10 +42,9 @@ free=$(df -Pm "$OUT" | awk 'NR == 2 { print $4 }')
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus == 0)) || [[ ${DS_ACCELERATOR:-} == cpu ]]; then
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-  each=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))} # half of the cores for each rank
-  where="two CPU ranks" deepspeed=(env OMP_NUM_THREADS="$each" deepspeed --quiet --num_gpus 2)
+  where="two CPU ranks" ranks=(--num_gpus 2)
 else
-  where="$gpus GPU(s)" deepspeed=(deepspeed --quiet)
+  where="$gpus GPU(s)" ranks=()
 fi
 
 [[ -e $OUT/images ]] || step "Writing the digits as PNG files" \
@@ -57,7 +56,7 @@ if outdated "$OUT/latents/manifest.json" "$OUT/vae/config.json"; then
     python tools/precompute_latents.py --images "$OUT/images" --vae "$OUT/vae" --image-size 8 --out "$OUT/latents"
 fi
 step "Training the DiT with ZeRO-2 on $where" \
-  "${deepspeed[@]}" --module dit_ds.train --config quickstart --run "$OUT/run" \
+  launch/train.sh "${ranks[@]}" --config quickstart --run "$OUT/run" \
   --deepspeed_config ds_configs/zero2_fp32.json data.path="$OUT/latents"
 if outdated "$OUT/samples.png" "$TRAINED"; then
   step "Sampling the grid" sample --per-class 8 --out "$OUT/samples.png"
