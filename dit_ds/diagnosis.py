@@ -41,7 +41,7 @@ def first(events: Sequence[Event], ranks: Sequence[tuple[str, dict[str, Any]]]) 
     for kind in (
         killed,
         [e for e in events if e.kind in ("lost", "unable")],
-        [e for e in ended if not _CONSEQUENCE.search(e.tail)],
+        [e for e in ended if e.code > 0 and not _CONSEQUENCE.search(e.tail)],
         ended,
     ):
         if kind:

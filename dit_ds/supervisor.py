@@ -104,7 +104,12 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                 outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
                 if outcome.code == 0 and not ended_well(target.run, before):
                     outcome = Outcome(1, "all ranks ended with 0, but the run is not done")
-                tell(outcome, logs)
+                stopped = asked.stop and outcome.cause and outcome.cause.code == -signal.SIGTERM
+                if stopped:  # before the ranks could listen; others may have failed for that
+                    say("stopped as asked, before there was anything to save")
+                    outcome = Outcome(0 if target.run else 1)
+                else:
+                    tell(outcome, logs)
                 for what in fleet.end():
                     say(f"could not be killed, on {what}")
             else:
@@ -112,13 +117,10 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
         cause = outcome.cause
         if outcome.code == 0:
             break
-        if asked.stop and cause and cause.code == -signal.SIGTERM:
-            say("stopped before the first step; there was nothing to save")
-            break
         failures.append(Failure(outcome, saved_step(target.run)))
         if outcome.code == 2 or asked.stop or len(failures) > options.max_restarts:
             return outcome.code
-        if verdict := hopeless(failures):
+        if target.run and (verdict := hopeless(failures)):
             say(verdict)
             return 1
         # What still runs on a host that was lost ends by itself within the limit of a step.
@@ -169,9 +171,9 @@ def marker(run: Path | None) -> str:
         return ""
 
 
-def ended_well(run: Path | None, before: str) -> bool:
+def ended_well(run: Path | None, before: str, *, seconds: float = _LAG_SECONDS) -> bool:
     """Whether the training itself says that it is done; ranks that end with 0 are no proof."""
-    over = time.monotonic() + _LAG_SECONDS
+    over = time.monotonic() + seconds
     while run and marker(run) in ("", before):
         if time.monotonic() > over:
             return False

@@ -55,19 +55,19 @@ def test_a_way_to_launch_trains_as_written(lab: Lab, tmp_path: Path, where: str)
     make_latents(tmp_path / "runs" / "quickstart" / "latents")
     (tmp_path / "launch").mkdir()
     (tmp_path / "bin").mkdir()
-    for script in (REPO / "launch").iterdir():
-        if script.name != "hosts":
-            (tmp_path / "launch" / script.name).symlink_to(script)
+    for path in (REPO / "launch").iterdir():
+        if path.name != "hosts":
+            (tmp_path / "launch" / path.name).symlink_to(path)
     lab.hostfile(tmp_path / "launch" / "hosts", ["n1", "n2"])
     for name, script in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(script)
         (tmp_path / "bin" / name).chmod(0o755)
     command = f"{commands()[where]} {SHORT}"
     by_hand = "N " in command
-    path = f"PATH={tmp_path / 'bin'}:{os.environ['PATH']}"
+    programs = f"PATH={tmp_path / 'bin'}:{os.environ['PATH']}"
     hands = [
         start(
-            lab, f"n{n + 1}", tmp_path, "env", path, "bash", "-c",
+            lab, f"n{n + 1}", tmp_path, "env", programs, "bash", "-c",
             command.replace("--node_rank N", f"--node_rank {n}").replace("FIRST_HOST", "n1"),
         )
         for n in range(1 + by_hand)

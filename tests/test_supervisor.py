@@ -1,0 +1,125 @@
+"""Attempts: what is started again, what is not, and what counts as done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_ds import supervisor
+from dit_ds.diagnosis import Event
+from dit_ds.fleet import Outcome
+from dit_ds.supervisor import Failure
+from tests import runs
+from tests.conftest import REPO
+
+FP32 = REPO / "ds_configs" / "zero2_fp32.json"
+
+
+def launch(script: str, *words: str, **more: Any) -> subprocess.Popen[str]:
+    """`launch/SCRIPT`, on CPU ranks."""
+    return subprocess.Popen(
+        [str(REPO / "launch" / script), *words],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+    )
+
+
+def tool(folder: Path, code: str, *words: str) -> tuple[int, str]:
+    """Run a script in two ranks: exit code and output."""
+    (folder / "tool.py").write_text("import os, sys, pathlib\nrank = os.environ['RANK']\n" + code)
+    script = ["--num_gpus", "2", *words, str(folder / "tool.py"), "--odd", "a $HOME 'b' \\ {c}"]
+    process = launch("run.sh", *script, cwd=folder)
+    out, _ = process.communicate(timeout=120)
+    return process.returncode, out
+
+
+def test_a_tool_that_fails_is_started_again(tmp_path: Path) -> None:
+    code = "file = pathlib.Path('tries' + rank)\n"
+    code += "tries = len(file.read_text()) if file.exists() else 0\n"
+    code += "file.write_text('x' * (tries + 1))\nprint(sys.argv[1:])\n"
+    code += "sys.exit('too early' if tries < 2 and rank == '1' else 0)\n"
+    status, out = tool(tmp_path, code, "--max-restarts", "3")
+    assert status == 0, out
+    assert out.count("rank 1 on localhost ended with exit code 1") == 2 and "too early" in out
+    assert str(["--odd", "a $HOME 'b' \\ {c}"]) in out
+    assert len(list((tmp_path / "runs" / "logs" / "tool").glob("attempt-*/rank-00001.log"))) == 3
+    status, out = tool(tmp_path, "sys.exit(4)", "--max-restarts", "1")
+    assert status == 1 and out.count("FAILED") == 2
+
+
+def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
+    status, out = tool(tmp_path, "sys.exit(2)", "--max-restarts", "3")
+    assert status == 2 and out.count("FAILED") == 1
+
+
+def test_a_training_that_ends_without_saying_so_has_failed(tiny: dict[str, Any]) -> None:
+    """As under a launcher whose exit code is 0 whatever happened."""
+    assert not supervisor.ended_well(tiny["run"], "", seconds=0.5)
+    tiny["run"].mkdir()
+    (tiny["run"] / "done.json").write_text("{}")
+    assert supervisor.ended_well(tiny["run"], "", seconds=0.5)
+    assert not supervisor.ended_well(tiny["run"], "{}", seconds=0.5)  # of the attempt before
+    assert supervisor.ended_well(None, "", seconds=0.5)
+
+
+def test_a_training_is_killed_comes_back_and_is_done(tiny: dict[str, Any]) -> None:
+    words = runs.arguments(tiny, FP32, "train.steps=60", "train.checkpoint_every=5")
+    with launch("train.sh", "--num_gpus", "2", "--max-restarts", "2", *words) as process:
+        deadline = time.monotonic() + 60
+        latest = tiny["run"] / "checkpoints" / "latest"
+        while not latest.exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        subprocess.run(["pkill", "-9", "-n", "-f", f"dit_ds.train.*{tiny['run']}"], check=True)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "was killed by SIGKILL" in out and "restart 1 of 2" in out
+    assert "done at step 60" in out
+    assert json.loads((tiny["run"] / "done.json").read_text())["step"] == 60
+    assert [int(m["step"]) for m in runs.metrics(tiny["run"]) if "loss" in m] == list(range(1, 61))
+
+
+def failure(step: int, saved: int, host: str = "n1") -> Failure:
+    return Failure(Outcome(1, "why", Event("ended", host), step), saved)
+
+
+def test_the_same_failure_again_and_again_ends_it() -> None:
+    same = [failure(12, 10)] * 3
+    assert "3 attempts in a row failed at step 12, always first on n1" in supervisor.hopeless(same)
+    assert "on one host or another" in supervisor.hopeless([*same[:2], failure(12, 10, "n2")])
+    for other in ([failure(13, 10)], [failure(12, 11)]):
+        assert not supervisor.hopeless([*other, *same[:2]])
+    assert not supervisor.hopeless(same[:2])
+
+
+def test_a_second_launch_of_a_run_is_refused(tmp_path: Path) -> None:
+    held = supervisor.hold(tmp_path / "run", None)
+    code = "from pathlib import Path; from dit_ds import supervisor\n"
+    code += f"supervisor.hold(Path({str(tmp_path / 'run')!r}), None)"
+    done = subprocess.run(["python", "-c", code], capture_output=True, text=True)
+    assert f"in use by process {os.getpid()} on" in done.stderr
+    del held
+    assert subprocess.run(["python", "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_tool_that_is_interrupted_ends(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "tool.py").write_text("import time; print('here', flush=True); time.sleep(99)")
+    with launch("run.sh", "--num_gpus", "2", str(tmp_path / "tool.py"), cwd=tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("here"):
+                break
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "stopped as asked" in out and "FAILED" not in out
