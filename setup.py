@@ -12,7 +12,7 @@ HTTP = "aiohttp>=3.14.5,<4"
 
 setup(
     name="dit_ds",
-    version="0.3.0",
+    version="0.4.0",
     description="Diffusion transformers (DiT) trained at scale with DeepSpeed",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

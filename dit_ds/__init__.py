@@ -1,3 +1,3 @@
 """dit_ds: diffusion transformers trained at scale with DeepSpeed."""
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"

@@ -181,9 +181,17 @@ def synchronize() -> None:
 
 
 def print_main(*message: object) -> None:
-    """Print on rank 0 at once; silent elsewhere."""
+    """Print on rank 0 at once; silent elsewhere.
+
+    Who read it may be gone (a launcher, `| head`): that ends no training.
+    """
     if is_main():
-        print(*message, flush=True)
+        try:
+            print(*message, flush=True)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())  # also what is still buffered
+            os.close(nowhere)
 
 
 def warn_main(message: str) -> None:

@@ -113,10 +113,9 @@ class Monitor:
             left = (self._config.train.steps - step) * seconds / steps
             norm = values["gradient_norm"]
             total = self._config.train.steps
-            print(
+            distributed.print_main(
                 f"step {step}/{total}  {told}  gradient norm {norm:.3f}  lr {lr:.2e}  "
-                f"{tqdm.format_interval(int(left))} left",
-                flush=True,
+                f"{tqdm.format_interval(int(left))} left"
             )
         else:
             self._bar.set_postfix_str(told)
@@ -157,7 +156,9 @@ class Monitor:
 
     def say(self, message: str) -> None:
         """Print a line on rank 0 without breaking the progress bar."""
-        if self._main:
+        if self._bar.disable:
+            distributed.print_main(message)
+        else:
             self._bar.write(message)
             sys.stdout.flush()
 

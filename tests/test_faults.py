@@ -380,7 +380,7 @@ def fail_to_remove(*arguments: str) -> str:
 
     from dit_ds import retention
 
-    def failing(path: Path) -> None:
+    def failing(path: Path, **_: object) -> bool:
         raise RuntimeError(f"{path.name} sticks")
 
     retention.remove = failing

@@ -113,9 +113,9 @@ def test_a_slurm_job_saves_when_it_is_preempted_queues_again_and_goes_on(
     lab: Lab, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     """With stand-ins for Slurm's two commands."""
-    for name, script in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(script)
+    (tmp_path / "bin").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     ds = runs.write_json(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -132,10 +132,10 @@ def test_a_slurm_job_saves_when_it_is_preempted_queues_again_and_goes_on(
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     subprocess.run(lab.command("n1", "pkill", "-TERM", "-f", "python -m dit_ds.supervisor"))
-    text = told(process)
-    assert "stopped as asked" in text and "Slurm job 17 is queued again" in text
+    said = told(process)
+    assert "stopped as asked" in text and "Slurm job 17 is queued again" in said
     assert (tmp_path / "bin" / "asked").read_text() == "requeue 17\n"
     step = json.loads((tiny["run"] / "done.json").read_text())["step"]
-    text = told(submit(f"train.steps={step + 5}"))
-    assert f"resuming at step {step} to" in text and f"done at step {step + 5}" in text
+    said = told(submit(f"train.steps={step + 5}"))
+    assert f"resuming at step {step} to" in said and f"done at step {step + 5}" in said
     assert '"n2 cpu"' in (tiny["run"] / "environment.json").read_text()

@@ -15,7 +15,7 @@ from tests.multinode.lab import Lab
 from tests.multinode.test_launch import SCONTROL, SRUN
 
 pytestmark = pytest.mark.multinode
-SHORT = "optimizer.warmup_steps=2 train.steps=2 train.global_batch_size=4 preview.every=0"
+SHORT = "optimizer.warmup_steps=2 train.steps=3 train.global_batch_size=4 preview.every=0"
 STAND_INS = {
     "srun": SRUN,
     "scontrol": SCONTROL,
@@ -75,6 +75,6 @@ def test_a_way_to_launch_trains_as_written(lab: Lab, tmp_path: Path, where: str)
     for hand in hands:
         told(hand)
     (run,) = [path for path in (tmp_path / "runs").iterdir() if (path / "done.json").exists()]
-    assert json.loads((run / "done.json").read_text())["step"] == 2
+    assert json.loads((run / "done.json").read_text())["step"] == 3
     ranks = json.loads((run / "environment.json").read_text())["ranks"]
     assert ranks == [f"{name} cpu" for name in RANKS[where]]

@@ -16,7 +16,7 @@ import pytest
 
 from tests import runs
 from tests.conftest import REPO, run_ranks
-from tests.multinode.conftest import start, told
+from tests.multinode.conftest import DEEPSPEED, start, told
 from tests.multinode.lab import Lab
 
 pytestmark = pytest.mark.multinode
@@ -224,3 +224,46 @@ def test_a_lost_host_is_left_out_and_taken_back(
     for disturbed, a, b in zip(curve, one, two, strict=True):
         drift = max(drift, abs(a - b) / abs(b))
         assert abs(disturbed - b) / abs(b) <= max(1e-5, 10 * drift)
+
+
+def test_what_fails_at_the_same_step_again_and_again_is_not_tried_for_ever(
+    lab: Lab, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, threading, time\n"
+        "def wait():\n"
+        "    while 'dit_ds.beats' not in sys.modules: time.sleep(0.1)\n"
+        "    beats = sys.modules['dit_ds.beats']\n"
+        "    while not hasattr(beats, 'begin'): time.sleep(0.1)\n"
+        "    beat = beats.beat\n"
+        "    def fail(phase, step=0, doing=''):\n"
+        "        beat(phase, step, doing)\n"
+        "        if step == 5: os.kill(os.getpid(), 11)\n"
+        "    beats.beat = fail\n"
+        "if 'dit_ds.train' in sys.orig_argv: threading.Thread(target=wait, daemon=True).start()\n"
+    )
+    environment = tmp_path / "cluster.env"
+    environment.write_text(f"PYTHONPATH={tmp_path}\n")
+    options = ["--max-restarts=9", "--env-file", str(environment)]
+    text = told(train(lab, tmp_path, tiny, ["n1"], *options, "train.steps=9"), expect=1)
+    assert text.count("rank 0 on n1 was killed by SIGSEGV in phase step at step 5") == 3, text
+    assert "3 attempts in a row failed at step 5, always first on n1" in text
+    assert "nothing was saved since step 3" in text
+
+
+def test_ranks_of_deepspeeds_launcher_end_when_pdsh_is_killed(
+    lab: Lab, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    ds = runs.write_json(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+    hostfile = lab.hostfile(tmp_path / "hosts", ["n1", "n2"])
+    words = ["--hostfile", str(hostfile), "--module", "dit_ds.train"]
+    process = start(lab, "n1", tmp_path, DEEPSPEED, *words, *runs.arguments(tiny, ds, *ENDLESS))
+    try:
+        until(lambda: last_step(tiny["run"]) >= 3 or process.poll() is not None, 90, "step 3")
+        subprocess.run(lab.command("n1", "pkill", "-9", "-f", "^pdsh "), check=True)
+        ours = r".*dit_ds\.train"
+        until(lambda: not pids(lab, "n1", ours) and not pids(lab, "n2", ours), 60, "their end")
+    finally:
+        for host in ("n1", "n2"):
+            subprocess.run(lab.command(host, "pkill", "-9", "-f", "dit_ds.train"))
+        process.communicate(timeout=30)
