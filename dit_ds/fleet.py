@@ -7,8 +7,10 @@ is open to others, and whoever is gone is missed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -30,10 +32,10 @@ _SILENT_SECONDS = 5.0  # of an agent that beats each second
 class Asked:
     """What signals have asked of us so far."""
 
-    signal: int = 0
-    """To be passed on to all ranks."""
+    save: bool = False
+    """Save, and go on."""
     stop: bool = False
-    """End in good order."""
+    """Save, and end."""
     now: bool = False
     """End at once."""
 
@@ -164,7 +166,7 @@ class Fleet:
     def run(self, job: Job, asked: Asked, *, save_seconds: float = 600.0) -> Outcome:
         """Start the ranks of a job, and watch them until all have ended, or one has failed.
 
-        A signal in `asked` goes to all ranks. Asked to stop, they have `save_seconds` to end.
+        What is `asked` goes to all ranks as signals. To stop, they have `save_seconds`.
         """
         events = self._start(job)
         running = {link.host.name: len(link.host.slots) for link in self._links}
@@ -180,15 +182,17 @@ class Fleet:
                     elif "event" in message:
                         events.append(_event(link, message))
                 lost = link.line.closed or link.line.silent > silence
+                lost = lost and running[link.host.name] > 0
                 if lost and all(e.host != link.host.name for e in events if e.kind == "lost"):
                     events.append(Event("lost", link.host.name, why=link.why()))
             if events:
                 break
-            if asked.signal:
-                self._tell({"signal": asked.signal})
-                asked.signal = 0
-                if asked.stop:
-                    deadline = time.monotonic() + save_seconds
+            if asked.save:
+                asked.save = False
+                self._tell({"signal": signal.SIGUSR1})
+            if asked.stop and deadline == float("inf"):
+                deadline = time.monotonic() + save_seconds
+                self._tell({"signal": signal.SIGTERM})
             time.sleep(0.05)
         if not events and not any(running.values()):
             return Outcome(0)
@@ -245,7 +249,7 @@ class Fleet:
         found: dict[str, dict[str, str]] = {}
         address = job.master_address
         if not address and len(names) == 1:
-            address = "127.0.0.1"
+            found[names[0]] = {"MASTER_ADDR": "127.0.0.1"}
         elif not address:  # the first host's own name may mean something else there, or here
             ways, errors_ = self.ask("route", of=names[:1], peer=names[1])
             errors |= errors_
@@ -292,8 +296,7 @@ class Fleet:
             elif "answer" in message:
                 self._answers[message["answer"]] = message
             elif "output" in message:
-                sys.stdout.write(message["output"])
-                sys.stdout.flush()
+                show(message["output"])
             else:
                 found.append(message)
         return found
@@ -322,6 +325,13 @@ class Fleet:
                     again.ask("end_agent", of=[link.host.name], seconds=2, pid=link.agent)
         self._links, self.hosts = [], []
         return [f"{host}: {what}" for host, all_left in left.items() for what in all_left]
+
+
+def show(text: str) -> None:
+    """Print, where anyone reads: a terminal that was closed must not end the run."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _event(link: Link, message: dict[str, Any]) -> Event:

@@ -156,11 +156,11 @@ class Monitor:
 
     def say(self, message: str) -> None:
         """Print a line on rank 0 without breaking the progress bar."""
-        if self._bar.disable:
-            distributed.print_main(message)
-        else:
+        if self._main and not self._bar.disable:
             self._bar.write(message)
             sys.stdout.flush()
+        else:
+            distributed.print_main(message)
 
     def warn(self, message: str) -> None:
         """Say what must not be missed, and show it in TensorBoard's text."""

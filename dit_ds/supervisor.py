@@ -23,7 +23,7 @@ from types import FrameType
 
 from dit_ds import cluster_env, command_line, files, hosts, preflight
 from dit_ds.beats import PHASES
-from dit_ds.fleet import Asked, Fleet, Job, Outcome
+from dit_ds.fleet import Asked, Fleet, Job, Outcome, show
 
 _TIMEOUTS = dict(zip(PHASES, (900.0, 1800.0, 120.0, 600.0, 900.0), strict=True))
 _SAME_FAILURES = 3
@@ -68,15 +68,13 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
     asked = Asked()
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            asked.signal = asked.signal or number
-        elif asked.stop:
-            asked.now = True  # a second one is meant
-        else:
-            asked.signal, asked.stop = signal.SIGTERM, True
+        asked.save = asked.save or number == signal.SIGUSR1
+        asked.now = asked.now or (asked.stop and number != signal.SIGUSR1)  # a second is meant
+        asked.stop = asked.stop or number != signal.SIGUSR1
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it for SIGHUP
+            signal.signal(number, note)
     wanted = choose(options)
     limits = {phase: getattr(options, f"{phase}_timeout") for phase in PHASES}
     environment = cluster_env.environment_of(options.env_file)
@@ -150,7 +148,7 @@ def fit(
         master_port=port,
     )
     for kind, found in (("FAULT", looked.faults), ("note", [] if again else looked.notes)):
-        print(preflight.lines(kind, found), end="", flush=True)
+        show(preflight.lines(kind, found))
     unfit = dict.fromkeys(fault.host for fault in looked.faults)
     if not unfit:
         return True
@@ -189,7 +187,7 @@ def tell(outcome: Outcome, logs: Path) -> None:
     cause = outcome.cause
     if cause and cause.tail and outcome.code != 2:  # what a user did wrong, rank 0 has said
         say(f"the end of {logs}/rank-{cause.rank:05d}.log:")
-        print("".join(f"    {line}\n" for line in cause.tail.splitlines()), end="", flush=True)
+        show("".join(f"    {line}\n" for line in cause.tail.splitlines()))
 
 
 def hopeless(failures: Sequence[Failure]) -> str:
@@ -250,7 +248,7 @@ def new_logs(folder: Path) -> Path:
 
 def say(message: str) -> None:
     """A line of the supervisor among those of rank 0."""
-    print(f"[supervisor] {files.printable(message)}", flush=True)
+    show(f"[supervisor] {files.printable(message)}\n")
 
 
 # --------------------------------------------------------------------------- the command line
