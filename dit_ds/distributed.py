@@ -28,6 +28,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 _control: dist.ProcessGroup | None = None
 # Memory that the GPU's driver knows must not be given back to the system.
 _registered: list[torch.Tensor] = []
+_unheard = False
 
 
 class RankError(ValueError):
@@ -183,15 +184,22 @@ def synchronize() -> None:
 def print_main(*message: object) -> None:
     """Print on rank 0 at once; silent elsewhere.
 
-    Who read it may be gone (a launcher, `| head`): that ends no training.
+    Who read it may be gone (a launcher, `| head`): that ends no training; see `unheard`.
     """
+    global _unheard
     if is_main():
         try:
             print(*message, flush=True)
         except BrokenPipeError:
+            _unheard = True
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())  # also what is still buffered
             os.close(nowhere)
+
+
+def unheard() -> bool:
+    """Whether this rank has printed to a reader that is gone."""
+    return _unheard
 
 
 def warn_main(message: str) -> None:

@@ -20,6 +20,7 @@ from dit_ds import distributed
 
 SAVE, STOP = 1, 2
 _ALONE_SECONDS = 600.0
+_SSHD = {"sshd", "sshd-session"}
 
 
 def check(*, expect_ranks: int | None) -> None:
@@ -69,6 +70,11 @@ class _Process(NamedTuple):
     words: list[str]
     folder: Path
 
+    @property
+    def names(self) -> set[str]:
+        """What the process may be called; sshd calls those of its sessions `sshd: USER@TTY`."""
+        return {Path(word.partition(":")[0]).name for word in self.words[:3]}
+
 
 def _ancestors() -> Iterator[_Process]:
     """Our parent, its parent, and so on, as far as /proc shows them."""
@@ -94,11 +100,10 @@ def _launchers() -> list[_Process]:
     """DeepSpeed's launchers above us, up to the command, or to the ssh session from its host."""
     found: list[_Process] = []
     for process in _ancestors():
-        names = {Path(word.rstrip(":")).name for word in process.words[:3]}
         if not found and "deepspeed.launcher.launch" not in process.words:
             return []
         found.append(process)
-        if names & {"deepspeed", "sshd", "sshd-session"}:
+        if process.names & {"deepspeed", *_SSHD}:
             return found
     return found[:1]
 
@@ -131,7 +136,10 @@ class Requests:
             threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
 
     def _watch(self, launchers: list[_Process]) -> None:
-        while not any(map(_is_gone, launchers)):
+        # pdsh and ssh on the launching machine are not in sight. Where they are killed, sshd here
+        # waits for its command all the same; but what rank 0 says has no reader any more.
+        over_ssh = launchers[-1].names & _SSHD
+        while not any(map(_is_gone, launchers)) and not (over_ssh and distributed.unheard()):
             time.sleep(1.0)
         self._alone = True
         time.sleep(_ALONE_SECONDS)  # for all to save; others may be gone for good

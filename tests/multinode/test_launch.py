@@ -133,7 +133,7 @@ def test_a_slurm_job_saves_when_it_is_preempted_queues_again_and_goes_on(
         time.sleep(0.1)
     subprocess.run(lab.command("n1", "pkill", "-TERM", "-f", "python -m dit_ds.supervisor"))
     said = told(process)
-    assert "stopped as asked" in text and "Slurm job 17 is queued again" in said
+    assert "stopped as asked" in said and "Slurm job 17 is queued again" in said
     assert (tmp_path / "bin" / "asked").read_text() == "requeue 17\n"
     step = json.loads((tiny["run"] / "done.json").read_text())["step"]
     said = told(submit(f"train.steps={step + 5}"))
