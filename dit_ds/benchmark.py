@@ -352,11 +352,12 @@ def make_engine(
     return engine, {"config": cfg.model_dump(mode="json"), "weights": {"model": model}}
 
 
-def step_on_noise(engine: Any) -> None:
-    """An optimizer step of all its micro-steps."""
+def step_on_noise(engine: Any, num_samples: int = 1) -> None:
+    """An optimizer step of all its micro-steps, of so many samples each."""
     device = distributed.device()
-    x, t = torch.randn(1, 4, 32, 32, device=device), torch.zeros(1, device=device)
-    y = torch.zeros(1, dtype=torch.int64, device=device)
+    x = torch.randn(num_samples, 4, 32, 32, device=device)
+    t = torch.zeros(num_samples, device=device)
+    y = torch.zeros(num_samples, dtype=torch.int64, device=device)
     for _ in range(engine.gradient_accumulation_steps()):
         engine.backward(engine(x, t, y).square().mean(), scale_wrt_gas=False)
         engine.step()
