@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dit_ds import config
+from dit_ds.settings import Config
 
 DEEPSPEED_CONFIG = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
@@ -31,12 +32,12 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def run_directory(args: argparse.Namespace, cfg: config.Config) -> Path:
+def run_directory(args: argparse.Namespace, cfg: Config) -> Path:
     """Where the run of these words is."""
     return args.run or Path("runs") / cfg.name
 
 
-def training(words: Sequence[str]) -> tuple[Path, config.Config]:
+def training(words: Sequence[str]) -> tuple[Path, Config]:
     """Run directory and settings of a command line.
 
     Raises:

@@ -26,7 +26,7 @@ import numpy as np
 Stream = Literal[
     "order", "flip", "posterior", "noise", "time", "drop", "sample",
     "validation_posterior", "validation_noise", "validation_time",
-    "sample_label",
+    "sample_label", "curvature",
 ]  # fmt: skip
 
 # The numbers are part of every run's reproducibility: add new streams, never renumber old ones.
@@ -42,6 +42,7 @@ _STREAMS: dict[str, int] = {
     "validation_noise": 9,
     "validation_time": 10,
     "sample_label": 11,
+    "curvature": 12,
 }
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

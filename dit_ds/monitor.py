@@ -22,9 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dit_ds import distributed, files, latents
-from dit_ds.config import Config
 from dit_ds.loader import Loader
 from dit_ds.samples import MicroBatch
+from dit_ds.settings import Config
 
 _TIME_BINS = 4
 _LOSSES = ("loss", "mse", "vb")

@@ -187,11 +187,39 @@ class DDPM:
         Returns `training_losses` and the timesteps `t`, each (N,). Nothing is averaged, so that
         losses can be weighted and logged by timestep.
         """
+        t, y = self._inputs(batch)
+        return self.training_losses(model, x_start, t, y, batch.noise) | {"t": t}
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Timesteps and classes, each (N,) int64, that the raw draws mean."""
         num_timesteps = self.schedule.num_timesteps
         # The product may round up to num_timesteps.
         t = (batch.time * num_timesteps).long().clamp(max=num_timesteps - 1)
-        y = torch.where(batch.drop < self.class_dropout, self.null_class, batch.y)
-        return self.training_losses(model, x_start, t, y, batch.noise) | {"t": t}
+        return t, torch.where(batch.drop < self.class_dropout, self.null_class, batch.y)
+
+    def probe(self, model: Model, x_start: Tensor, batch: Batch, normals: Tensor) -> Tensor:
+        """What to differentiate for an unbiased estimate of the curvature of `loss`, (N,).
+
+        With g the gradient of 2 / M times the sum over samples, of M = samples * C * H * W elements
+        in all, (M / 2) g^2 has the mean of the diagonal of the Gauss-Newton matrix of the mean
+        loss. normals: (N, output channels, H, W) float32, independent for every element.
+
+        The prediction of noise is a normal of variance 1/2, whose labels Liu et al. 2023 (section
+        2.3) would draw; the product with `normals` is that, without what cancels. The predicted
+        variance has the Fisher information of a normal's log variance, 1/2; eps is detached there,
+        as in the loss, and at t = 0 the binned likelihood counts as the normal that it bins.
+        """
+        t, y = self._inputs(batch)
+        x_t = self.schedule.q_sample(x_start, t, batch.noise)
+        eps, v = split_output(model(x_t, t, y), x_t.shape[1], self.learn_sigma)
+        if v is None:
+            return (eps * normals).flatten(1).sum(1)
+        # Weight of the bound in nats, and how far v = -1 to 1 moves the log variance.
+        weight = self.schedule.num_timesteps / 1000 / math.log(2.0)
+        q = self.schedule
+        half_width = (q.at("log_betas", t) - q.at("posterior_log_variance_clipped", t)) / 2
+        of_eps, of_v = normals.chunk(2, dim=1)
+        return (eps * of_eps + math.sqrt(weight / 4) * half_width * v * of_v).flatten(1).sum(1)
 
     def training_losses(
         self, model: Model, x_start: Tensor, t: Tensor, y: Tensor, noise: Tensor

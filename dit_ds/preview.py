@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dit_ds import distributed, latents, samplers, zero
-from dit_ds.config import Config
 from dit_ds.manifest import Manifest
+from dit_ds.settings import Config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -17,6 +17,7 @@ from dit_ds import __version__, config, distributed, files, order, zero_config
 from dit_ds.archive import Checkpoint, CheckpointError
 from dit_ds.manifest import Manifest
 from dit_ds.models import DIT_MODELS
+from dit_ds.settings import Config
 
 
 def claim(run: Path) -> IO[bytes] | None:
@@ -43,7 +44,7 @@ def claim(run: Path) -> IO[bytes] | None:
         ) from e
 
 
-def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+def describe(cfg: Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
     channels, height, width = manifest.latent_shape
     if height != width:
@@ -83,9 +84,7 @@ def describe(cfg: config.Config, ds_config: dict[str, Any], manifest: Manifest) 
     }
 
 
-def check_resume(
-    found: Checkpoint | None, cfg: config.Config, about: dict[str, Any], run: Path
-) -> None:
+def check_resume(found: Checkpoint | None, cfg: Config, about: dict[str, Any], run: Path) -> None:
     """Refuse to continue a run with other mathematics, precision, data or sizes.
 
     Raises:
@@ -137,7 +136,7 @@ def check_resume(
         )
 
 
-def write(run: Path, cfg: config.Config, ds_config: dict[str, Any], *, step: int) -> None:
+def write(run: Path, cfg: Config, ds_config: dict[str, Any], *, step: int) -> None:
     """Write what the run is made of into its directory; a collective.
 
     Raises:

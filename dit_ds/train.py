@@ -36,6 +36,7 @@ from dit_ds import (
     zero,
     zero_config,
 )
+from dit_ds.curvature import Curvature
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
 from dit_ds.models import DiT
@@ -43,6 +44,7 @@ from dit_ds.monitor import Monitor
 from dit_ds.objectives import DDPM
 from dit_ds.preview import Preview
 from dit_ds.samples import MicroBatch
+from dit_ds.settings import Config
 from dit_ds.validation import Validation
 
 
@@ -67,7 +69,7 @@ class State:
 
 
 def train(
-    cfg: config.Config,
+    cfg: Config,
     ds_config: dict[str, Any],
     run: Path,
     requests: launched.Requests,
@@ -141,6 +143,18 @@ def train(
         x_start = space.sample(micro.moments, micro.posterior)  # (N, C, H, W)
         return objective.loss(model, x_start, micro)  # each (N,)
 
+    curvature = None
+    if cfg.optimizer.hessian_every is not None:
+        curvature = Curvature(
+            engine,
+            every=cfg.optimizer.hessian_every,
+            seed=cfg.seed,
+            probe=lambda model, micro, normals: objective.probe(
+                model, space.sample(micro.moments, micro.posterior), micro, normals
+            ),
+            channels=about["weights"]["model"]["in_channels"] * (1 + cfg.model.learn_sigma),
+        )
+
     def commit(*, wait: bool) -> None:
         nonlocal saved_step
         done = checkpoints.commit(wait=wait)
@@ -196,6 +210,9 @@ def train(
             lr = optim.learning_rate(cfg.optimizer, state.step, num_steps=state.last_step)
             optim.set_learning_rate(zero.client_optimizer(engine), lr)
             batch = loader.next()  # the micro-batches of one step
+            if curvature is not None and curvature.due(state.step):
+                beats.beat(phase, state.step, "estimating the curvature")
+                curvature.estimate(batch[0])
             for i, micro in enumerate(batch):
                 beats.beat(phase, state.step, f"micro-step {i + 1} of {len(batch)}")
                 micro = micro.to(device)
@@ -207,6 +224,10 @@ def train(
             beats.beat(phase, state.step, "agreeing on the step")
             state.step += 1
             monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)
+            if curvature is not None and state.step % cfg.train.log_every == 0:
+                monitor.add_scalars(
+                    curvature.scalars(), step=state.step, images_seen=state.images_seen
+                )
 
             asked = requests.agreed(stop_after_hours=cfg.train.stop_after_hours)
             state.stop = asked == launched.STOP
@@ -253,7 +274,7 @@ def train(
 
 
 def build_engine(
-    cfg: config.Config, ds_config: dict[str, Any], split: Split, sizes: dict[str, Any]
+    cfg: Config, ds_config: dict[str, Any], split: Split, sizes: dict[str, Any]
 ) -> Any:
     """The DeepSpeed engine around the model and its optimizer."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -282,7 +303,7 @@ def build_engine(
 
 
 def announce(
-    cfg: config.Config,
+    cfg: Config,
     ds_config: dict[str, Any],
     run: Path,
     split: Split,

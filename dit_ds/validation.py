@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from dit_ds import beats, distributed, zero
-from dit_ds.config import Config
 from dit_ds.manifest import Manifest, Store
 from dit_ds.samples import MicroBatch, Samples
+from dit_ds.settings import Config
 
 _LOSSES = ("loss", "mse", "vb")
 

@@ -231,6 +231,32 @@ def link_state(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def step_aside(engine: Any, loss: torch.Tensor) -> None:
+    """Let the client optimizer step once on the gradient of `loss`, beside the training.
+
+    Before the first micro-step of a training step only. The gradient is averaged over ranks, and
+    neither clipped nor accumulated. Counters, schedule, loss scale and the norm that the engine
+    reports are as before. Where gradients are not finite (in fp16) nothing happens. A collective.
+    """
+    optimizer, kept = engine.optimizer, {}
+    engine.set_gradient_accumulation_boundary(True)
+    for name in ("clip_grad", "overflow", "_global_grad_norm", "max_grad_norm"):
+        if name in vars(optimizer):
+            kept[name] = vars(optimizer)[name]
+    if "clip_grad" in kept:
+        optimizer.clip_grad = 0.0
+    if hasattr(optimizer, "_update_scale"):
+        optimizer._update_scale = lambda *overflow: None
+    try:
+        engine.backward(loss, scale_wrt_gas=False)
+        optimizer.step()
+        (engine if _kind(engine) == "stage 0" else optimizer).zero_grad()
+    finally:
+        vars(optimizer).update(kept)
+        vars(optimizer).pop("_update_scale", None)
+        engine._is_gradient_accumulation_boundary = None
+
+
 @contextlib.contextmanager
 def averaged_weights(engine: Any) -> Iterator[None]:
     """The model computes with the EMA weights inside the block; a collective on both ends.

@@ -12,8 +12,9 @@ from tests.conftest import REPO
 # Each module, with what it may import of ours; in the order in which things depend on each other.
 HOUSE: dict[str, set[str]] = {
     "files": set(),
-    "config": set(),
-    "command_line": {"config"},
+    "settings": set(),
+    "config": {"settings"},
+    "command_line": {"config", "settings"},
     "cluster_env": set(),
     "zero_config": {"config"},
     "hosts": set(),
@@ -23,7 +24,7 @@ HOUSE: dict[str, set[str]] = {
     "draws": set(),
     "models": set(),
     "objectives": set(),
-    "optim": {"config"},
+    "optim": {"settings"},
     "latents": set(),
     "manifest": {"files"},
     "shards": {"files", "manifest"},
@@ -68,16 +69,17 @@ HOUSE: dict[str, set[str]] = {
     },
     "rundir": {
         *("archive", "config", "distributed", "files", "manifest", "models", "order"),
-        "zero_config",
+        *("settings", "zero_config"),
     },
     "launched": {"distributed"},
-    "preview": {"config", "distributed", "latents", "samplers", "manifest", "zero"},
-    "validation": {"beats", "config", "distributed", "manifest", "samples", "zero"},
-    "monitor": {"config", "distributed", "files", "latents", "loader", "samples"},
+    "preview": {"settings", "distributed", "latents", "samplers", "manifest", "zero"},
+    "validation": {"beats", "settings", "distributed", "manifest", "samples", "zero"},
+    "monitor": {"settings", "distributed", "files", "latents", "loader", "samples"},
     "digits": {"files"},
 }
+HOUSE["curvature"] = {"distributed", "draws", "optim", "samples", "zero"}
 HOUSE["train"] = {
-    *("beats", "command_line"),
+    *("beats", "command_line", "curvature", "settings"),
     *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
     *(
         "objectives",
@@ -115,8 +117,17 @@ HOUSE |= {
 }
 HOUSE["benchmark_network"] = {"benchmark", "distributed", "network", "zero"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
-KNOWS_TORCH_NOT = {"config", "zero_config", "files", "draws", "order", "manifest", "shards"}
-KNOWS_TORCH_NOT |= {"transfer", "remote"}
+KNOWS_TORCH_NOT = {
+    "settings",
+    "config",
+    "zero_config",
+    "files",
+    "draws",
+    "order",
+    "manifest",
+    "shards",
+}
+KNOWS_TORCH_NOT |= {"settings", "transfer", "remote"}
 KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
 KNOWS_TORCH_NOT |= {"agent", "link", "fleet", "preflight", "supervisor", "beats", "command_line"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dit_ds import config, export, latents, optim, zero_config
 from dit_ds.manifest import Manifest
+from dit_ds.settings import Optimizer
 from tests import runs
 from tests.conftest import REPO, make_latents, run_ranks
 
@@ -275,12 +276,12 @@ def test_deepspeed_keys_with_a_typo_are_refused_inside_sections_too(
 
 
 def test_learning_rate_warms_up_and_follows_the_cosine() -> None:
-    settings = config.Optimizer(lr=2.0, warmup_steps=4, schedule="cosine")
+    settings = Optimizer(lr=2.0, warmup_steps=4, schedule="cosine")
     rates = [optim.learning_rate(settings, step, num_steps=14) for step in range(15)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0] and rates[4] == 2.0
     assert rates[9] == pytest.approx(1.0) and rates[14] == pytest.approx(0.0)
     assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
-    flat = config.Optimizer(lr=2.0)
+    flat = Optimizer(lr=2.0)
     assert {optim.learning_rate(flat, step, num_steps=3) for step in range(3)} == {2.0}
 
 

@@ -15,6 +15,7 @@ from dit_ds.manifest import Folder, Manifest
 from dit_ds.models import DiT
 from dit_ds.objectives import DDPM
 from dit_ds.rundir import describe
+from dit_ds.settings import Config, Optimizer
 from tests import runs
 from tests.conftest import REPO, run_ranks
 
@@ -23,7 +24,7 @@ STEPS = 20
 BATCH = ("train.global_batch_size=16", f"train.steps={STEPS}", "train.checkpoint_every=20")
 
 
-def plain_pytorch(cfg: config.Config) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_pytorch(cfg: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training without DeepSpeed, ranks or micro-steps: losses and final state."""
     manifest = Manifest.load(cfg.data.path)
     batch_size = cfg.train.global_batch_size
@@ -110,7 +111,7 @@ def test_activation_checkpointing_changes_no_number(
 
 def test_a_gradient_that_is_not_finite_is_skipped_at_stage_0() -> None:
     p = torch.nn.Parameter(torch.ones(3))
-    adamw = optim.build([p], config.Optimizer(), zero_stage=0)
+    adamw = optim.build([p], Optimizer(), zero_stage=0)
     p.grad = torch.tensor([1.0, float("nan"), 1.0])
     adamw.step()
     assert adamw.overflow and torch.equal(p, torch.ones(3)) and not adamw.state[p]

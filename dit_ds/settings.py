@@ -1,0 +1,238 @@
+"""The settings of a run: what the recipe owns (mathematics, batch, activation checkpointing).
+
+A tree of sections, with defaults, bounds, and what must fit together. `config` loads it. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which latents, in which order. Image size, channels and classes come with the data."""
+
+    path: str = ""
+    """Folder or URL (s3://, gs://, https://, hf://) of a `manifest.json`."""
+    cache: str | None = None
+    """Folder on this machine's disk for shards from a URL. Default ~/.cache/dit_ds."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Most that the cache may hold (10^9 bytes): two windows of this machine's lanes, and this
+    machine's part of `validation.path` if that is at a URL too."""
+    lanes: Positive | None = None
+    """Parallel lanes of the order; divides the global batch. Default gcd(global batch, 64)."""
+    window: Positive = 16
+    """Shards of a lane whose samples are shuffled together."""
+    flip: Probability = 0.5
+    """Share of samples taken from the horizontally flipped image."""
+    allow_change: bool = False
+    """Go on with a run on another data set than it was trained on."""
+    workers: NonNegative = 2
+    """Loader processes of each rank; 0 reads in the training process."""
+
+
+class Model(Section):
+    """The transformer: a name from the zoo (`DiT-XL/2`), or its sizes."""
+
+    name: str | None = None
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    learn_sigma: bool = True
+    checkpoint_every: NonNegative = 0
+    """Activation checkpointing: recompute every k-th block (1: all, 0: none)."""
+
+    @pydantic.model_validator(mode="after")
+    def _name_or_sizes(self) -> Model:
+        sizes = {k: getattr(self, k) for k in ("patch_size", "hidden_size", "depth", "num_heads")}
+        missing = [k for k, v in sizes.items() if v is None]
+        if self.name is not None and len(missing) < len(sizes):
+            given = next(k for k, v in sizes.items() if v is not None)
+            raise ValueError(
+                f"model.name={self.name} already fixes model.{given}={sizes[given]}; "
+                "choose one of the two: model.name=null for the sizes, or for the name "
+                + " ".join(f"model.{k}=null" for k in sizes)
+            )
+        if self.name is None and missing:
+            raise ValueError(
+                f"model.{missing[0]} is not set; give a model.name such as DiT-B/2, or all of "
+                + ", ".join(f"model.{k}" for k in sizes)
+            )
+        return self
+
+
+class Objective(Section):
+    """DDPM as published: linear schedule, eps-MSE plus the learned-variance term."""
+
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    class_dropout: Probability = 0.1
+    """Share of labels replaced by the null class, for classifier-free guidance."""
+
+
+class Optimizer(Section):
+    """An optimizer with an exponential moving average of the weights, and its learning rate."""
+
+    name: Literal["adamw", "sophiag"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """With sophiag 2e-4 unless set."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Of the mean of gradients, and of that of their squares, or of Sophia's Hessian. With sophiag
+    (0.965, 0.99) unless set."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Least denominator. With sophiag, where curvatures are small, 1e-12 unless set."""
+    rho: Annotated[float, Field(gt=0)] | None = None
+    """Of sophiag: how far a coordinate may trust its curvature (see `optim.SophiaG`); 0.01 unless
+    set."""
+    hessian_every: Positive | None = None
+    """Of sophiag: steps between two estimates of the curvature; 10 unless set."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to zero at train.steps along a half cosine."""
+    warmup_steps: NonNegative = 0
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and tree.get("name") == "sophiag":
+            return _SOPHIAG | tree
+        return tree
+
+    @pydantic.model_validator(mode="after")
+    def _applies(self) -> Optimizer:
+        for key in ("rho", "hessian_every"):
+            value = getattr(self, key)
+            if value is not None and self.name != "sophiag":
+                raise ValueError(
+                    f"optimizer.{key}={value} has no meaning for optimizer.name={self.name}; leave "
+                    "it out, or set optimizer.name=sophiag"
+                )
+            if value is None and self.name == "sophiag":
+                raise ValueError(f"optimizer.{key} must be set; leave it out for the default")
+        return self
+
+
+_SOPHIAG = {"lr": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.01, "hessian_every": 10}
+
+
+class Train(Section):
+    """Length, batch and housekeeping."""
+
+    steps: Positive = 400_000
+    global_batch_size: Positive = 256
+    """Samples of one optimizer step, over all ranks and micro-steps."""
+    micro_batch_size: Positive = 32
+    """Most samples that one rank holds at a time; gradients accumulate over the rest."""
+    expect_ranks: Positive | None = None
+    """Refuse to start with another number of ranks."""
+    stop_after_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and end in good order after this time, for queues with a limit."""
+    log_every: Positive = 100
+    checkpoint_every: Positive = 10_000
+    """Steps between two checkpoints. Training does not wait while they are written."""
+    keep_checkpoints: Positive = 3
+    """How many of the newest stay."""
+    keep_every: NonNegative = 0
+    """Those whose step is a multiple of this stay too; 0 for none."""
+    keep_best: Literal["validation/loss", "validation_ema/loss"] | None = None
+    """The one with the least of this metric stays too."""
+
+
+class Preview(Section):
+    """Sample grids during training, from the averaged weights and the same noise every time."""
+
+    every: NonNegative = 0
+    """Steps between two grids; 0 for none."""
+    vae: str | None = None
+    """Decoder: a folder or hub id. Default: the one that the manifest names."""
+    classes: Positive = 8
+    per_class: Positive = 4
+    cfg_scale: Annotated[float, Field(ge=0)] = 4.0
+    steps: Positive = 50
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+
+
+class Validation(Section):
+    """Loss on other data during training, on the same noise and timesteps every time."""
+
+    path: str = ""
+    """Folder or URL of a `manifest.json`, as `tools/shards.py split` makes it; empty for none."""
+    every: Positive = 5_000
+    """Steps between two evaluations."""
+
+
+class Config(Section):
+    """Everything that the recipe owns."""
+
+    name: str = Field("dit", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run directory is `runs/NAME` unless `--run` says otherwise."""
+    seed: int = 0
+    data: Data = Data()
+    model: Model
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    preview: Preview = Preview()
+    validation: Validation = Validation()
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes that the order is cut into."""
+        return self.data.lanes or math.gcd(self.train.global_batch_size, 64)
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        batch = self.train.global_batch_size
+        if batch % self.lanes:
+            raise ValueError(
+                f"data.lanes={self.lanes} does not divide train.global_batch_size={batch}; "
+                f"leave it out for {math.gcd(batch, 64)}"
+            )
+        every = self.train.checkpoint_every
+        if self.train.keep_every % every:
+            raise ValueError(
+                f"train.keep_every={self.train.keep_every} is not a multiple of "
+                f"train.checkpoint_every={every}; choose e.g. {every * 10}"
+            )
+        if self.train.keep_best and not self.validation.path:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs validation.path; set it to a data "
+                "set that `tools/shards.py split` made"
+            )
+        if self.train.keep_best and every % self.validation.every:
+            raise ValueError(
+                f"train.keep_best={self.train.keep_best} needs a validation at every checkpoint, "
+                f"but validation.every={self.validation.every} does not divide "
+                f"train.checkpoint_every={every}; set validation.every={every}"
+            )
+        if self.optimizer.schedule == "cosine" and self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} leaves the cosine no step "
+                f"of train.steps={self.train.steps}; shorten the warm-up"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as it is written into the run directory."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
