@@ -77,7 +77,7 @@ class Fleet:
     `ask` as often as you like, `run` one job, and `end`.
     """
 
-    def __init__(self, hosts: Sequence[Host], *, slurm: bool = False, seconds: float = 25) -> None:
+    def __init__(self, hosts: Sequence[Host], *, slurm: bool = False, seconds: float = 60) -> None:
         self.unreachable: dict[str, str] = {}
         self._links = [Link(host, slurm=slurm) for host in hosts]
         self._answers: dict[int, dict[str, Any]] = {}

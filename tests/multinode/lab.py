@@ -119,6 +119,10 @@ class Lab:
         process.kill()
         process.wait()
 
+    def is_on(self, name: str) -> bool:
+        """Whether it was not switched off."""
+        return name in self._outer
+
     def boot(self, name: str) -> None:
         """Switch a host on."""
         script = _HOST.format(name=name, folder=self._folder)

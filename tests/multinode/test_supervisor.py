@@ -27,7 +27,9 @@ ENDLESS = ["train.steps=1000000", "train.log_every=1", "train.checkpoint_every=1
 
 
 def pids(lab: Lab, host: str, what: str = r"dit_ds\.(train|agent|supervisor)") -> list[int]:
-    """Processes of ours on a host, as it numbers them."""
+    """Processes of ours on a host, as it numbers them; none on one that is off."""
+    if not lab.is_on(host):
+        return []
     found = subprocess.run(lab.command(host, "pgrep", "-f", f"^[^ ]*python.* -m {what}"),
                            capture_output=True, text=True)  # fmt: skip
     return [int(pid) for pid in found.stdout.split()]
@@ -74,7 +76,11 @@ def running(lab: Lab, tmp_path: Path, tiny: dict[str, Any], *words: str) -> Iter
         assert process.poll() is None, told(process)
         yield process
     finally:
-        lab.join("n2")
+        if lab.is_on("n2"):
+            lab.join("n2")
+        else:
+            lab.boot("n2")
+            lab.wait_for("n2")
         for host in ("n1", "n2"):
             for pid in pids(lab, host):
                 subprocess.run(lab.command(host, "kill", "-9", str(pid)))
@@ -109,6 +115,10 @@ FAULTS: dict[str, tuple[Callable[[Lab], None], str]] = {
     ),
     "a link is cut": (
         lambda lab: lab.cut("n2"),
+        r"n2 was lost: not heard for 1\d s; the host is down, stopped or cut off",
+    ),
+    "a host is switched off": (
+        lambda lab: lab.lose("n2"),
         r"n2 was lost: not heard for 1\d s; the host is down, stopped or cut off",
     ),
 }
