@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_ds import flops
 from dit_ds.models import DIT_MODELS, DiT
+from tests.conftest import REPO
 
 SIZES: dict[str, Any] = {
     "input_size": (16, 8), "patch_size": 2, "in_channels": 4, "hidden_size": 192, "depth": 3,
@@ -52,3 +53,16 @@ def test_the_table_shows_every_option_and_sizes_as_given(capsys: pytest.CaptureF
     table = capsys.readouterr().out
     assert all(option in table for option in flops.OPTIONS) and "[32, 16]" in table
     assert f"{cost('DiT-S/2', (32, 16)).multiply_adds / 1e9:.2f}" in table
+
+
+def test_the_readme_says_what_the_table_says(capsys: pytest.CaptureFixture) -> None:
+    flops.main([])
+    text = (REPO / "README.md").read_text()
+    rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    told = {row[0]: row[3:5] for row in rows if len(row) == 5}
+    first, *others = capsys.readouterr().out.splitlines()[2:]
+    _, total, _, work, _ = (cell.strip() for cell in first.split("|"))
+    assert told["(none)"] == [total, work]
+    for line in others:
+        option, _, more, _, more_work = (cell.strip() for cell in line.split("|"))
+        assert told[option] == [more, more_work]
