@@ -118,8 +118,8 @@ def index(
 ) -> Adopted:
     """Write an index beside each `*.tar` of a folder, then `manifest.json`.
 
-    image_size: side of the images in pixels. values: see `settle`. class_names: by label; "0", "1"
-    and so on if None. workers: processes; default: one per core.
+    image_size: shorter side of the images in pixels. values: see `settle`. class_names: by label;
+    "0", "1" and so on if None. workers: processes; default: one per core.
 
     Raises:
         ValueError: tars that cannot be read in place, with the first faults by tar and key; a
@@ -137,10 +137,10 @@ def index(
     stored, high, wide = first.shape
     if not (math.isfinite(vae.scaling_factor) and vae.scaling_factor > 0):
         raise ValueError(f"scaling_factor={vae.scaling_factor} is not a positive number")
-    if high != wide or image_size < high or image_size % high:
+    if image_size < min(high, wide) or image_size % min(high, wide):
         raise ValueError(
-            f"image_size={image_size} does not fit values of shape {first.shape}: images are "
-            "square, and a whole number of pixels to each latent pixel"
+            f"image_size={image_size} does not fit values of shape {first.shape}: it is the "
+            "shorter side, with a whole number of pixels to each latent pixel"
         )
     if first.label is None and class_names is not None and len(class_names) != 1:
         raise ValueError(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from dit_ds import archive, distributed, files, restore
 from dit_ds.checkpoint_index import Strict, fault_of
+from dit_ds.manifest import image_shape
 from dit_ds.models import DiT
 
 FORMAT = 1
@@ -29,9 +31,9 @@ Size = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class Sizes(Strict):
-    """Arguments of `DiT`."""
+    """Arguments of `DiT`; older files leave the options out."""
 
-    input_size: Size
+    input_size: Size | tuple[Size, Size]
     patch_size: Size
     in_channels: Size
     hidden_size: Size
@@ -40,12 +42,24 @@ class Sizes(Strict):
     num_classes: Size
     mlp_ratio: Annotated[float, Field(gt=0, lt=1000)]
     learn_sigma: bool
+    qk_norm: bool = False
+    rope: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layer", "rms"] = "layer"
+    fp32_norms: bool = False
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(H, W) of the latents."""
+        size = self.input_size
+        return (size, size) if isinstance(size, int) else size
 
 
 class Description(Strict):
     """What one must know to use the weights; the JSON file beside them.
 
-    latent_shape: (C, H, W). vae: the name it was asked for by.
+    latent_shape: (C, H, W). image_size: pixels of the shorter side. vae: the name it was asked for
+    by.
     """
 
     model: Sizes
@@ -65,11 +79,16 @@ class Description(Strict):
     @pydantic.model_validator(mode="after")
     def _fit_each_other(self) -> Description:
         sizes = self.model
-        if self.latent_shape != (sizes.in_channels, sizes.input_size, sizes.input_size):
+        if self.latent_shape != (sizes.in_channels, *sizes.latent_size):
             raise ValueError(f"the model is not of latents of {self.latent_shape}")
         if self.num_classes != sizes.num_classes:
             raise ValueError(f"the model is not of {self.num_classes} classes")
         return self
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) of the images in pixels."""
+        return image_shape(self.image_size, self.latent_shape)
 
     @property
     def num_classes(self) -> int:
@@ -180,12 +199,12 @@ def _model(about: Description, state: Shapes, source: str) -> DiT:
     A description may come from anyone, so nothing is allocated by what it claims.
     """
     sizes = about.model
-    side = sizes.input_size // sizes.patch_size
+    num_tokens = math.prod(side // sizes.patch_size for side in sizes.latent_size)
     try:
         # What even the meta device takes time and memory for.
         if sizes.depth > len(state):
             raise ValueError(f"{len(state)} tensors for {sizes.depth} blocks")
-        if state.get("pos_embed") != [1, side * side, sizes.hidden_size]:
+        if state.get("pos_embed") != [1, num_tokens, sizes.hidden_size]:
             raise ValueError(f"pos_embed is {state.get('pos_embed')}")
         with torch.device("meta"):
             model = DiT(**sizes.model_dump())

@@ -176,17 +176,22 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of square images; ValueError where the sizes do not fit."""
+def latent_shape(vae: AutoencoderKL, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images; ValueError where the sizes do not fit.
+
+    image_size: pixels of each side of square images, or (H, W).
+    """
     factor = vae_factor(vae)
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size} is not positive; choose a multiple of {factor}")
-    if image_size < factor or image_size % factor:
-        raise ValueError(
-            f"image_size={image_size} is not a multiple of the VAE's factor {factor}; choose "
-            f"{max(1, image_size // factor) * factor} or {(image_size // factor + 1) * factor}"
-        )
-    return (vae.config.latent_channels, image_size // factor, image_size // factor)
+    high, wide = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for side in (high, wide):
+        if side < 1:
+            raise ValueError(f"image_size={side} is not positive; choose a multiple of {factor}")
+        if side < factor or side % factor:
+            raise ValueError(
+                f"image_size={side} is not a multiple of the VAE's factor {factor}; choose "
+                f"{max(1, side // factor) * factor} or {(side // factor + 1) * factor}"
+            )
+    return (vae.config.latent_channels, high // factor, wide // factor)
 
 
 def vae_name(path_or_id: str | Path) -> str:

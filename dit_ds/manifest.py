@@ -68,8 +68,15 @@ class Statistics(_Frozen):
     std: tuple[pydantic.FiniteFloat, ...]
 
 
+def image_shape(image_size: int, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(H, W) in pixels of images whose shorter side has `image_size`, of latents (C, h, w)."""
+    _, high, wide = latent_shape
+    shorter = min(high, wide)
+    return image_size * high // shorter, image_size * wide // shorter
+
+
 class Manifest(_Frozen):
-    """What a dataset is. latent_shape: (C, h, w)."""
+    """What a dataset is. latent_shape: (C, h, w). image_size: pixels of the shorter side."""
 
     format_version: Literal[1] = 1
     created_by: str
@@ -105,6 +112,11 @@ class Manifest(_Frozen):
     def num_samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W) of the images in pixels."""
+        return image_shape(self.image_size, self.latent_shape)
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:

@@ -12,15 +12,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from dit_ds.layers import (
+    AdaptiveNorm,
+    Attention,
+    Conv2d,
+    Embedding,
+    Linear,
+    Mlp,
+    SwiGLU,
+    rotary_embedding,
+)
 
 # hidden_size, depth, num_heads. The paper's sizes, then two that need ZeRO-3: 3.08e9 and 6.98e9
 # parameters at 256x256, of twice and three times the width of XL, with heads of 128 channels,
@@ -43,12 +53,15 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
     So it does not matter in which order, on how many ranks or at which ZeRO stage parameters are
     made. Xavier-uniform weights (the patch embedding as a linear layer), N(0, 0.02) for the label
-    table and the timestep MLP, and zeros for biases, modulations and the final layer, so that each
-    block starts as the identity. Source: Peebles & Xie 2023, sections 3.2 (adaLN-Zero) and 4.
+    table and the timestep MLP, ones for the gains of norms, and zeros for biases, modulations and
+    the final layer, so that each block starts as the identity. Source: Peebles & Xie 2023,
+    sections 3.2 (adaLN-Zero) and 4.
     """
     value = torch.zeros(shape, device="cpu")
     if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
         return value
+    if name.endswith("_norm.weight"):
+        return value.fill_(1.0)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
     if name.startswith(("t_embedder", "y_embedder")):
@@ -58,16 +71,25 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return value.uniform_(-bound, bound, generator=generator)
 
 
-def sincos_pos_embed(hidden_size: int, grid_size: int) -> np.ndarray:
-    """(grid_size^2, hidden_size) float32: half of the channels tell the column, half the row.
+def sincos_pos_embed(hidden_size: int, grid_size: int | tuple[int, int]) -> np.ndarray:
+    """(T, hidden_size) float32: half of the channels tell the column, half the row.
+
+    grid_size: patches along each side, or (rows, columns).
 
     numpy, because ZeRO-3's `zero.Init` rounds whatever torch computes inside it to half precision.
     """
+    high, wide = _sides(grid_size)
     omega = 10000.0 ** (-np.arange(hidden_size // 4) / (hidden_size // 4))
-    angles = np.outer(np.arange(grid_size), omega)
-    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, D/2)
-    columns, rows = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)
+    angles = np.outer(np.arange(max(high, wide)), omega)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (longer side, D/2)
+    columns, rows = np.tile(axis[:wide], (high, 1)), np.repeat(axis[:high], wide, axis=0)
     return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
+    high, wide = (size, size) if isinstance(size, int) else size
+    return high, wide
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
@@ -79,33 +101,6 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10000.0) -
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(max_period) / half * steps)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-
-
-class _Unset:
-    """Skips torch's random first values, which `initialize_weights` would overwrite.
-
-    `skip_init` would do the same by way of the meta device, which zero.Init cannot partition.
-    """
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Linear(_Unset, nn.Linear):
-    """`nn.Linear` that leaves its first values to `DiT.initialize_weights`."""
-
-
-class Conv2d(_Unset, nn.Conv2d):
-    """`nn.Conv2d` that leaves its first values to `DiT.initialize_weights`."""
-
-
-class Embedding(_Unset, nn.Embedding):
-    """`nn.Embedding` that leaves its first values to `DiT.initialize_weights`."""
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift each channel of x (N, T, D) by the sample's own (N, D)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class PatchEmbedder(nn.Module):
@@ -147,85 +142,69 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(hidden_size, 3 * hidden_size)
-        self.proj = Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) to (N, T, D)."""
-        N, T, D = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(N, T, D))
-
-
-class Mlp(nn.Module):
-    """Two linear layers around a GELU (tanh form)."""
-
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(hidden_size, mlp_size)
-        self.fc2 = Linear(mlp_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, T, D) to (N, T, D)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: the condition shifts, scales and gates both branches."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        qk_norm: bool,
+        mlp: str,
+        norm: str,
+        fp32_norms: bool,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.norm1 = AdaptiveNorm(hidden_size, norm, fp32=fp32_norms)
+        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm, fp32=fp32_norms)
+        self.norm2 = AdaptiveNorm(hidden_size, norm, fp32=fp32_norms)
+        self.mlp = {"gelu": Mlp, "swiglu": SwiGLU}[mlp](hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rotary: Tensor | None = None) -> Tensor:
         """Tokens x (N, T, D) under the condition c (N, D), to (N, T, D)."""
         modulation = self.adaLN_modulation(c).chunk(6, dim=1)  # each (N, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = x + gate_msa.unsqueeze(1) * self.attn(self.norm1(x, shift_msa, scale_msa), rotary)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(self.norm2(x, shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
     """Tokens to the values of their patches."""
 
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+    def __init__(
+        self, hidden_size: int, patch_size: int, out_channels: int, *, norm: str, fp32_norms: bool
+    ) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = AdaptiveNorm(hidden_size, norm, fp32=fp32_norms)
         self.linear = Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) under the condition c (N, D), to (N, T, p*p*C)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x, shift, scale))
 
 
 class DiT(nn.Module):
-    """Diffusion transformer over latents of shape (in_channels, input_size, input_size).
+    """Diffusion transformer over latents (in_channels, H, W); input_size is (H, W), or H = W.
 
     `null_class` (= num_classes) is the label that stands for "no label". `checkpoint_every=k`
     recomputes every k-th block in the backward pass instead of keeping its activations; 0 keeps
     all. Raises ValueError for sizes that do not fit each other. Can be built on the meta device.
-    Source: Peebles & Xie 2023.
+    Source: Peebles & Xie 2023; the options' stand in `dit_ds.layers`.
+
+    With `rope` the sine-cosine embedding stays: rotation tells attention how far apart two patches
+    are, and not where in the image they lie.
     """
 
     pos_embed: Tensor
 
     def __init__(
         self,
-        input_size: int,
+        input_size: int | Sequence[int],
         patch_size: int,
         in_channels: int,
         hidden_size: int,
@@ -235,6 +214,11 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
         learn_sigma: bool = True,
         *,
+        qk_norm: bool = False,
+        rope: bool = False,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        norm: Literal["layer", "rms"] = "layer",
+        fp32_norms: bool = False,
         checkpoint_every: int = 0,
     ) -> None:
         super().__init__()
@@ -249,11 +233,19 @@ class DiT(nn.Module):
         )
         if int(hidden_size * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio={mlp_ratio} leaves the MLP no channels; choose e.g. 4.0")
+        channels = hidden_size // num_heads
+        if rope and channels % 4:
+            raise ValueError(
+                f"rope=true needs heads of a multiple of 4 channels, two for each axis, and "
+                f"hidden_size={hidden_size} with num_heads={num_heads} makes {channels}; choose "
+                "other num_heads, or rope=false"
+            )
         if checkpoint_every < 0:
             raise ValueError(
                 f"checkpoint_every={checkpoint_every} must be 0 (off) or k >= 1 (every k-th block)"
             )
-        self.input_size = input_size
+        self.latent_size = _sides(input_size)
+        self.grid = (self.latent_size[0] // patch_size, self.latent_size[1] // patch_size)
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -261,18 +253,30 @@ class DiT(nn.Module):
         self.null_class = num_classes
         self.learn_sigma = learn_sigma
         self.checkpoint_every = checkpoint_every
+        self.rotary_channels = channels if rope else 0
 
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         # A buffer, not a frozen parameter: ZeRO keeps no optimizer state for those and breaks.
-        pos_embed = torch.from_numpy(sincos_pos_embed(hidden_size, input_size // patch_size))
+        pos_embed = torch.from_numpy(sincos_pos_embed(hidden_size, self.grid))
         device = self.x_embedder.proj.weight.device
         self.register_buffer("pos_embed", pos_embed.unsqueeze(0).to(device))  # (1, T, D)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+            DiTBlock(
+                hidden_size,
+                num_heads,
+                mlp_ratio,
+                qk_norm=qk_norm,
+                mlp=mlp,
+                norm=norm,
+                fp32_norms=fp32_norms,
+            )
+            for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.final_layer = FinalLayer(
+            hidden_size, patch_size, self.out_channels, norm=norm, fp32_norms=fp32_norms
+        )
         self.initialize_weights()
 
     @torch.no_grad()
@@ -295,9 +299,9 @@ class DiT(nn.Module):
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Tokens (N, T, p*p*C) back to images (N, C, H, W)."""
-        g, p = self.input_size // self.patch_size, self.patch_size
-        x = x.reshape(-1, g, g, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
+        (h, w), p = self.grid, self.patch_size
+        x = x.reshape(-1, h, w, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, h * p, w * p)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Noise (and, with learn_sigma, variance) channels, in the dtype of the weights.
@@ -306,37 +310,48 @@ class DiT(nn.Module):
         Returns (N, 2C, H, W), or (N, C, H, W) without learn_sigma. Raises ValueError if x has
         another shape than the model was built for.
         """
-        C, S = self.in_channels, self.input_size
-        if x.shape[1:] != (C, S, S):
+        C, (H, W) = self.in_channels, self.latent_size
+        if x.shape[1:] != (C, H, W):
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, this DiT expects (N, {C}, {S}, {S}); build it with "
+                f"x has shape {tuple(x.shape)}, this DiT expects (N, {C}, {H}, {W}); build it with "
                 "the in_channels and input_size of the latents"
             )
         dtype = self.x_embedder.proj.weight.dtype
         x = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)  # (N, T, D)
         c = self.t_embedder(t, dtype) + self.y_embedder(y)  # (N, D)
+        rotary = None
+        if self.rotary_channels:
+            rotary = rotary_embedding(self.grid, self.rotary_channels, x.device)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_every and i % self.checkpoint_every == 0:
                 # Non-reentrant: the reentrant form loses gradients where x needs none. No random
                 # state to preserve, because nothing in a block is random. Without gradients this
                 # is a plain call.
-                x = checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, c, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, c)  # (N, T, D)
+                x = block(x, c, rotary)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, 2C or C, H, W)
 
 
 def _check_sizes(
-    input_size: int, patch_size: int, hidden_size: int, num_heads: int, **others: int
+    input_size: int | Sequence[int],
+    patch_size: int,
+    hidden_size: int,
+    num_heads: int,
+    **others: int,
 ) -> None:
     """Raise ValueError for the first size that cannot work, and say what would."""
+    high, wide = _sides(input_size)
     sizes = dict(
-        input_size=input_size, patch_size=patch_size, hidden_size=hidden_size, num_heads=num_heads
+        input_size=min(high, wide),
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_heads=num_heads,
     )
     for name, value in (sizes | others).items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if input_size % patch_size:
+    if high % patch_size or wide % patch_size:
         raise ValueError(
             f"input_size={input_size} is not a multiple of patch_size={patch_size}; "
             "choose a patch_size that divides the height and width of the latents"

@@ -48,7 +48,7 @@ class Preview:
     def _load_vae(self, name: str) -> AutoencoderKL:
         try:
             vae = latents.load_vae(name, device=distributed.device())
-            found = latents.latent_shape(vae, self._manifest.image_size)
+            found = latents.latent_shape(vae, self._manifest.image_shape)
         except ValueError as e:
             raise ValueError(
                 f"preview.vae={name}: {e}; give its folder, or preview.every=0 for no pictures"

@@ -17,7 +17,7 @@ from dit_ds import __version__, config, distributed, files, order, zero_config
 from dit_ds.archive import Checkpoint, CheckpointError
 from dit_ds.manifest import Manifest
 from dit_ds.models import DIT_MODELS
-from dit_ds.settings import Config
+from dit_ds.settings import Config, Model
 
 
 def claim(run: Path) -> IO[bytes] | None:
@@ -47,8 +47,6 @@ def claim(run: Path) -> IO[bytes] | None:
 def describe(cfg: Config, ds_config: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint says of itself, as JSON: the run, the data, and how to use its weights."""
     channels, height, width = manifest.latent_shape
-    if height != width:
-        raise ValueError(f"latents of {height}x{width} are not square; encode square images")
     if cfg.data.flip and not manifest.mirrored:
         raise ValueError(
             f"data.flip={cfg.data.flip} asks for mirrored images, and data.path={cfg.data.path}, "
@@ -60,7 +58,7 @@ def describe(cfg: Config, ds_config: dict[str, Any], manifest: Manifest) -> dict
             raise config.unknown("model.name", cfg.model.name, DIT_MODELS)
         sizes |= DIT_MODELS[cfg.model.name]
     model = sizes | {
-        "input_size": height,
+        "input_size": height if height == width else [height, width],
         "in_channels": channels,
         "num_classes": manifest.num_classes,
     }
@@ -125,7 +123,9 @@ def check_resume(found: Checkpoint | None, cfg: Config, about: dict[str, Any], r
             f"{found.path}); give the old one, or set data.allow_change=true to go on with this one"
         )
     after, model = about["weights"]["model"], weights.get("model")
-    then = model if isinstance(model, dict) else {}
+    # Options that came later have their defaults in a run that does not know them.
+    defaults = {name: field.default for name, field in Model.model_fields.items()}
+    then = defaults | model if isinstance(model, dict) else {}
     changed = [
         f"{k}={after[k]} (was {then.get(k)!s:.50})" for k in after if after[k] != then.get(k)
     ]

@@ -78,13 +78,13 @@ def random_labels(classes: list[int], num: int, seed: int) -> torch.Tensor:
     return torch.tensor(classes)[torch.from_numpy(drawn.astype(np.int64))]
 
 
-def check_outputs(out: Path, npz: Path | None, *, num: int, image_size: int) -> None:
+def check_outputs(out: Path, npz: Path | None, *, num: int, image_shape: tuple[int, int]) -> None:
     """Raise ValueError if `num` images cannot be written there; makes the folders."""
     if out.suffix not in _PICTURES:
         raise ValueError(f"--out {out}: name a picture, such as grid.png")
     if npz is not None and npz.suffix != ".npz":
         raise ValueError(f"--npz {npz}: name a file that ends in .npz")
-    pixels = image_size * image_size * 3
+    (high, wide), pixels = image_shape, math.prod(image_shape) * 3
     num_bytes = {out: min(num, GRID_SIDE**2) * pixels}
     if npz is not None:
         num_bytes[npz] = num * (pixels + 8) + num_bytes[out]
@@ -98,7 +98,7 @@ def check_outputs(out: Path, npz: Path | None, *, num: int, image_size: int) -> 
         free, needed = shutil.disk_usage(path.parent).free, needed + _SPARE_BYTES
         if free < needed:
             raise ValueError(
-                f"{path}: {num} images of {image_size} pixels take {needed / 1e9:.2f} GB, and "
+                f"{path}: {num} images of {high}x{wide} pixels take {needed / 1e9:.2f} GB, and "
                 f"{path.parent} has {free / 1e9:.2f} GB; make room, or ask for fewer"
             )
 
@@ -110,7 +110,7 @@ def draw(
     vae: AutoencoderKL,
     labels: torch.Tensor,
 ) -> Iterator[np.ndarray | None]:
-    """An image for each label, batch after batch: (n, size, size, 3) uint8 on rank 0, else None.
+    """An image for each label, batch after batch: (n, H, W, 3) uint8 on rank 0, else None.
 
     A collective over all ranks, which take as many batches each: ceil(N / settings.batch_size).
 
@@ -181,7 +181,7 @@ def draw(
                     heartbeat.end_without(0, "is gone")
             for source, ids in enumerate(batches[first : first + world]):
                 if distributed.is_main() and source != 0:
-                    shape = (len(ids), about.image_size, about.image_size, 3)
+                    shape = (len(ids), *about.image_shape, 3)
                     images = torch.empty(shape, dtype=torch.uint8)
                 distributed.bring_to_main(images, source)
                 yield images.numpy() if distributed.is_main() else None
@@ -190,7 +190,7 @@ def draw(
 def write(
     batches: Iterable[np.ndarray | None],
     labels: torch.Tensor,
-    image_size: int,
+    image_shape: tuple[int, int],
     out: Path,
     npz: Path | None,
 ) -> int:
@@ -206,7 +206,7 @@ def write(
     with contextlib.ExitStack() as stack:
         with _writing(npz):
             if distributed.is_main() and npz is not None:
-                all_images = stack.enter_context(npz_file(npz, labels, image_size))
+                all_images = stack.enter_context(npz_file(npz, labels, image_shape))
         for batch in batches:
             with _writing(npz):
                 if batch is not None:
@@ -235,7 +235,7 @@ def _writing(path: Path | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def npz_file(path: Path, labels: torch.Tensor, image_size: int) -> Iterator[IO[bytes]]:
+def npz_file(path: Path, labels: torch.Tensor, image_shape: tuple[int, int]) -> Iterator[IO[bytes]]:
     """Where to write the bytes of all images to, one after another, each (H, W, 3) uint8.
 
     numpy would need them all at once. After an error in it, `path` is as it was.
@@ -246,7 +246,7 @@ def npz_file(path: Path, labels: torch.Tensor, image_size: int) -> Iterator[IO[b
         with archive.open("labels.npy", "w") as member:
             np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
         images = stack.enter_context(archive.open("arr_0.npy", "w", force_zip64=True))
-        shape = (len(labels), image_size, image_size, 3)
+        shape = (len(labels), *image_shape, 3)
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(images, header)
         try:

@@ -55,6 +55,16 @@ class Model(Section):
     num_heads: Positive | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     learn_sigma: bool = True
+    qk_norm: bool = False
+    """RMS norm of each head's queries and keys, with a learned gain for each of its channels."""
+    rope: bool = False
+    """Rotary embedding of rows and columns in attention, beside the sine-cosine embedding."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """With swiglu the hidden width is 2/3 of mlp_ratio's, so that parameters stay alike."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Norm of the tokens before attention, MLP and the final layer."""
+    fp32_norms: bool = False
+    """Norms, their scale and their shift in float32 where the weights are in bf16 or fp16."""
     checkpoint_every: NonNegative = 0
     """Activation checkpointing: recompute every k-th block (1: all, 0: none)."""
 

@@ -49,7 +49,7 @@ def make_latents(
     folder: Path,
     counts: tuple[int, ...] = (40, 40, 20),
     channels: int = 4,
-    size: int = 4,
+    size: int | tuple[int, int] = 4,
     first: int = 0,
 ) -> Manifest:
     """A data set of random moments in shards of these sizes, with three classes.
@@ -58,19 +58,20 @@ def make_latents(
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(first)
+    high, wide = (size, size) if isinstance(size, int) else size
     shards, number = [], first
     for i, count in enumerate(counts):
         with ShardWriter(folder / f"shard-{i:06d}.tar") as writer:
             for _ in range(count):
-                moments = rng.normal(size=(2, 2 * channels, size, size)).astype(np.float16)
+                moments = rng.normal(size=(2, 2 * channels, high, wide)).astype(np.float16)
                 writer.add(f"{number:09d}", moments, number % 3)
                 number += 1
         shards.append(writer.info)
     manifest = Manifest(
         created_by="tests",
         class_names=("a", "b", "c"),
-        image_size=size * 8,
-        latent_shape=(channels, size, size),
+        image_size=min(high, wide) * 8,
+        latent_shape=(channels, high, wide),
         scaling_factor=0.5,
         vae=VaeInfo(name="none", sha256="0" * 64),
         shards=tuple(shards),

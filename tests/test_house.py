@@ -22,7 +22,9 @@ HOUSE: dict[str, set[str]] = {
     "beats": set(),
     "network": {"beats", "distributed", "files"},
     "draws": set(),
-    "models": set(),
+    "layers": set(),
+    "models": {"layers"},
+    "flops": {"layers", "models"},
     "objectives": set(),
     "optim": {"settings"},
     "latents": set(),
@@ -62,7 +64,9 @@ HOUSE: dict[str, set[str]] = {
         *("staging", "zero"),
     },
     "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero", "files"},
-    "export": {"models", "archive", "checkpoint_index", "distributed", "files", "restore"},
+    "export": {
+        *("models", "archive", "checkpoint_index", "distributed", "files", "manifest", "restore"),
+    },
     "sampling": {
         *("distributed", "draws", "export", "files", "heartbeat", "latents", "objectives"),
         *("progress", "samplers"),

@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
             classes = parse_choice(args, about)
             num = args.num_images or len(classes) * args.per_class
             if distributed.is_main():
-                sampling.check_outputs(args.out, args.npz, num=num, image_size=about.image_size)
+                sampling.check_outputs(args.out, args.npz, num=num, image_shape=about.image_shape)
             vae = latents.load_vae(args.vae or about.vae, device=distributed.device())
-            if latents.latent_shape(vae, about.image_size) != about.latent_shape:
+            if latents.latent_shape(vae, about.image_shape) != about.latent_shape:
                 raise ValueError(f"--vae {args.vae}: its latents are not those of the model")
             model = weights.build(distributed.device())
         vae_hash = latents.vae_hash(vae)
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             labels = torch.tensor(classes).repeat_interleave(args.per_class)
         images = sampling.draw(model, about, settings, vae, labels)
-        num_shown = sampling.write(images, labels, about.image_size, args.out, args.npz)
+        num_shown = sampling.write(images, labels, about.image_shape, args.out, args.npz)
     except ValueError as error:
         distributed.exit_with(error)
     except KeyboardInterrupt:

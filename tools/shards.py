@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     index.add_argument("--vae", metavar="PATH_OR_ID", help="tells scale, shift and image size")
     index.add_argument("--scaling-factor", type=float, metavar="F", help="instead of the VAE's")
     index.add_argument("--shift-factor", type=float, metavar="F", help="instead of the VAE's; or 0")
-    index.add_argument("--image-size", type=int, metavar="N", help="side in pixels, without --vae")
+    index.add_argument(
+        "--image-size", type=int, metavar="N", help="shorter side in pixels, without --vae"
+    )
     index.add_argument("--classes", metavar="FILE", help="class names, one on each line")
 
     cut = commands.add_parser("split", parents=[common], help="carve out DIR/validation")
@@ -126,7 +128,7 @@ def _index(args: argparse.Namespace) -> Facts:
 
         model = latents.load_vae(args.vae)
         space = latents.LatentSpace.from_vae(model)
-        side = adopt.first_sample(args.data, names).shape[1]
+        side = min(adopt.first_sample(args.data, names).shape[1:])
         image_size = side * latents.vae_factor(model)
         vae = adopt.Vae(
             space.scaling_factor if args.scaling_factor is None else args.scaling_factor,
@@ -206,7 +208,7 @@ def _tell(manifest: Manifest, counts: Counter[int] | None) -> Facts:
         f"samples      {facts['num_samples']} in {facts['num_shards']} shards, "
         f"{facts['num_bytes'] / 1e6:.1f} MB\n"
         f"classes      {len(names)}: {shown}\n"
-        f"images       {manifest.image_size}x{manifest.image_size}\n"
+        f"images       {'x'.join(map(str, manifest.image_shape))}\n"
         f"latents      {'x'.join(map(str, manifest.latent_shape))} ({kind})\n"
         f"scale        {manifest.scaling_factor:g}, shift {manifest.shift_factor:g}\n"
         f"VAE          {manifest.vae.name} ({manifest.vae.sha256[:12]})"
