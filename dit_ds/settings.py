@@ -133,6 +133,40 @@ class Optimizer(Section):
         return self
 
 
+_LONGEST = 12**-0.5  # the plain mean of all steps
+
+Length = Annotated[float, Field(gt=0, le=_LONGEST)]
+"""Of a power-function average: the standard deviation of its profile over the time trained."""
+
+
+class PostHocEMA(Section):
+    """Two more averages, with snapshots from which one of any length is made after the training.
+
+    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models".
+    """
+
+    every: NonNegative = 0
+    """Steps between two snapshots, all of which stay (8 bytes for each parameter); 0 for none, and
+    then no such average is kept."""
+    lengths: tuple[Length, Length] = (0.05, 0.10)
+    """Of the two averages, the shorter one first."""
+
+    @pydantic.model_validator(mode="after")
+    def _applies(self) -> PostHocEMA:
+        short, long = self.lengths
+        if long < 1.1 * short:
+            raise ValueError(
+                f"post_hoc_ema.lengths={short, long} are too near each other, or not in order; "
+                f"choose e.g. {short, 2 * short}"
+            )
+        if not self.every and self.lengths != type(self).model_fields["lengths"].default:
+            raise ValueError(
+                f"post_hoc_ema.lengths={short, long} has no meaning without snapshots; set "
+                "post_hoc_ema.every too, or leave it out"
+            )
+        return self
+
+
 _SOPHIAG = {"lr": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.01, "hessian_every": 10}
 
 
@@ -192,6 +226,7 @@ class Config(Section):
     model: Model
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
+    post_hoc_ema: PostHocEMA = PostHocEMA()
     train: Train = Train()
     preview: Preview = Preview()
     validation: Validation = Validation()

@@ -24,7 +24,8 @@ HOUSE: dict[str, set[str]] = {
     "draws": set(),
     "models": set(),
     "objectives": set(),
-    "optim": {"settings"},
+    "profiles": set(),
+    "optim": {"profiles", "settings"},
     "latents": set(),
     "manifest": {"files"},
     "shards": {"files", "manifest"},
@@ -62,7 +63,13 @@ HOUSE: dict[str, set[str]] = {
         *("staging", "zero"),
     },
     "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero", "files"},
-    "export": {"models", "archive", "checkpoint_index", "distributed", "files", "restore"},
+    "posthoc": {
+        *("archive", "checkpoint", "checkpoint_index", "distributed", "optim", "profiles"),
+        *("retention", "settings", "zero"),
+    },
+    "export": {
+        *("models", "archive", "checkpoint_index", "distributed", "files", "posthoc", "restore"),
+    },
     "sampling": {
         *("distributed", "draws", "export", "files", "heartbeat", "latents", "objectives"),
         *("progress", "samplers"),
@@ -84,6 +91,7 @@ HOUSE["train"] = {
     *(
         "objectives",
         "optim",
+        "posthoc",
         "preview",
         "remote",
         "restore",
@@ -127,7 +135,7 @@ KNOWS_TORCH_NOT = {
     "manifest",
     "shards",
 }
-KNOWS_TORCH_NOT |= {"settings", "transfer", "remote"}
+KNOWS_TORCH_NOT |= {"settings", "transfer", "remote", "profiles"}
 KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
 KNOWS_TORCH_NOT |= {"agent", "link", "fleet", "preflight", "supervisor", "beats", "command_line"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
