@@ -21,7 +21,7 @@ PROFILES = ("ema_short", "ema_long")
 """State of the averages with power-function profiles, where they are kept."""
 
 
-class _Averaging(torch.optim.Optimizer):
+class Averaging(torch.optim.Optimizer):
     """What our optimizers have in common: the EMA, and at ZeRO stage 0 the clipping.
 
     The decay at step t (from 1) is min(ema_decay, (1 + t) / (10 + t)), so that the first weights
@@ -96,7 +96,7 @@ class _Averaging(torch.optim.Optimizer):
         return True
 
 
-class AdamW(_Averaging, torch.optim.AdamW):
+class AdamW(Averaging, torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter 2019) plus the EMA of the weights as state."""
 
     vector_state = ("exp_avg", "exp_avg_sq", "ema")
@@ -127,7 +127,7 @@ class AdamW(_Averaging, torch.optim.AdamW):
             self._average()
 
 
-class SophiaG(_Averaging):
+class SophiaG(Averaging):
     """Sophia with the Gauss-Newton-Bartlett estimate of the diagonal Hessian, and the EMA.
 
     A step, elementwise, from the gradient g and the Hessian's running mean h:

@@ -91,8 +91,8 @@ class Snapshots:
 def average(found: Checkpoint, root: Path, length: float) -> dict[str, torch.Tensor]:
     """The weights averaged with the profile of a length, until the step of a checkpoint.
 
-    From the two averages in the checkpoint and those in the snapshots before it, whose every byte
-    is checked. Damaged ones are told, and done without.
+    From the two averages in the checkpoint and, unless one of them has that length, those in the
+    snapshots before it, whose every byte is checked. Damaged ones are told, and done without.
 
     Args:
         found: the checkpoint, verified.
@@ -114,7 +114,9 @@ def average(found: Checkpoint, root: Path, length: float) -> dict[str, torch.Ten
         raise ValueError(
             f"{told}: {found.path} holds no averages for it; train with post_hoc_ema.every=STEPS"
         )
-    sources = [found, *_snapshots(root, found)]
+    sources = [found]
+    if length not in _lengths(found):
+        sources += _snapshots(root, found)
     stored = [profile for source in sources for profile in _profiles(source)]
     now = stored[0].time
 
@@ -173,15 +175,18 @@ def _shapes(index: Index) -> dict[str, list[int]]:
     return {name: parameter.shape for name, parameter in index.parameters.items()}
 
 
+def _lengths(source: Checkpoint) -> tuple[float, float]:
+    try:
+        return _LENGTHS.validate_python(source.index.groups[0]["ema_lengths"])
+    except (LookupError, ValueError) as e:
+        raise CheckpointError(f"{source.path} does not say the lengths of its averages") from e
+
+
 def _profiles(source: Checkpoint) -> list[Profile]:
     """Of its two averages: how many steps they have seen, and their exponents."""
     index = source.index
-    try:
-        # Not the step that names it: those that were skipped, in fp16, are no part of an average.
-        time = min(p.scalars["step"] for p in index.parameters.values())
-        lengths = _LENGTHS.validate_python(index.groups[0]["ema_lengths"])
-        if not set(PROFILES) <= set(index.keys) or time < 1:
-            raise ValueError
-    except (LookupError, ValueError) as e:
-        raise CheckpointError(f"{source.path} holds no averages of known lengths") from e
-    return [Profile(time, profiles.exponent(length)) for length in lengths]
+    # Not the step that names it: those that were skipped, in fp16, are no part of an average.
+    time = min((p.scalars.get("step", 0) for p in index.parameters.values()), default=0)
+    if not set(PROFILES) <= set(index.keys) or time < 1:
+        raise CheckpointError(f"{source.path} holds no averages of a known number of steps")
+    return [Profile(time, profiles.exponent(length)) for length in _lengths(source)]

@@ -88,7 +88,8 @@ class Objective(Section):
 class Optimizer(Section):
     """An optimizer with an exponential moving average of the weights, and its learning rate."""
 
-    name: Literal["adamw", "sophiag"] = "adamw"
+    name: Literal["adamw", "sophiag", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, with AdamW for the rest (see `muon.Muon`)."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """With sophiag 2e-4 unless set."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
@@ -99,6 +100,8 @@ class Optimizer(Section):
     (0.965, 0.99) unless set."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Least denominator. With sophiag, where curvatures are small, 1e-12 unless set."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of muon: that of the matrices it trains; 0.95 unless set. The rest is AdamW's, with betas."""
     rho: Annotated[float, Field(gt=0)] | None = None
     """Of sophiag: how far a coordinate may trust its curvature (see `optim.SophiaG`); 0.01 unless
     set."""
@@ -115,20 +118,20 @@ class Optimizer(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _defaults(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("name") == "sophiag":
-            return _SOPHIAG | tree
+        if isinstance(tree, dict) and tree.get("name") in ("sophiag", "muon"):
+            return (_SOPHIAG if tree["name"] == "sophiag" else _MUON) | tree
         return tree
 
     @pydantic.model_validator(mode="after")
     def _applies(self) -> Optimizer:
-        for key in ("rho", "hessian_every"):
+        for key, name in (("rho", "sophiag"), ("hessian_every", "sophiag"), ("momentum", "muon")):
             value = getattr(self, key)
-            if value is not None and self.name != "sophiag":
+            if value is not None and self.name != name:
                 raise ValueError(
                     f"optimizer.{key}={value} has no meaning for optimizer.name={self.name}; leave "
-                    "it out, or set optimizer.name=sophiag"
+                    f"it out, or set optimizer.name={name}"
                 )
-            if value is None and self.name == "sophiag":
+            if value is None and self.name == name:
                 raise ValueError(f"optimizer.{key} must be set; leave it out for the default")
         return self
 
@@ -168,6 +171,7 @@ class PostHocEMA(Section):
 
 
 _SOPHIAG = {"lr": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.01, "hessian_every": 10}
+_MUON = {"momentum": 0.95}
 
 
 class Train(Section):

@@ -28,6 +28,7 @@ from dit_ds import (
     config,
     distributed,
     launched,
+    muon,
     optim,
     posthoc,
     remote,
@@ -307,15 +308,22 @@ def build_engine(
         # Values follow from name and seed alone: all stages and worlds start from the same ones.
         model.initialize_weights(cfg.seed, gather=lambda p: zero.gathered(p, write=True))
         lengths = cfg.post_hoc_ema.lengths if cfg.post_hoc_ema.every else ()
-        optimizer = optim.build(
-            model.parameters(), cfg.optimizer, zero_stage=stage, ema_lengths=lengths
-        )
+        optimizer: Any
+        if cfg.optimizer.name == "muon":
+            optimizer = muon.build(model, cfg.optimizer, zero_stage=stage, ema_lengths=lengths)
+        else:
+            parameters = model.parameters()
+            optimizer = optim.build(
+                parameters, cfg.optimizer, zero_stage=stage, ema_lengths=lengths
+            )
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=resolved, dist_init_required=False
         )
     except pydantic.ValidationError as e:  # DeepSpeed's own check of the sections of its JSON
         raise config.section_error("--deepspeed_config", e) from None
     zero.check_engine(engine)
+    if isinstance(optimizer, muon.Muon):
+        optimizer.attach(engine)
     return engine
 
 

@@ -53,6 +53,7 @@ HOUSE: dict[str, set[str]] = {
     | {"plan", "records", "pipeline", "progress", "heartbeat"},
     "samplers": {"objectives", "draws"},
     "zero": set(),
+    "muon": {"distributed", "optim", "settings", "zero"},
     "checkpoint_index": set(),
     "archive": {"checkpoint_index"},
     "retention": {"archive", "files"},
@@ -89,6 +90,7 @@ HOUSE["train"] = {
     *("beats", "command_line", "curvature", "settings"),
     *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
     *(
+        "muon",
         "objectives",
         "optim",
         "posthoc",

@@ -46,7 +46,7 @@ def trajectory(run: Path) -> dict[str, np.ndarray]:
         [(2, 2, STEPS)],
         [(3, 2, STEPS)],
         [(2, 2, 5), (3, 1, STEPS)],
-        [(3, 1, 6), (0, 2, 8), (1, 2, STEPS)],
+        [(3, 1, 6), (1, 2, STEPS)],
     ],
     ids=str,
 )
@@ -150,14 +150,12 @@ def short(tiny: dict[str, Any], *words: str, world: int = 1, name: str = "zero2_
     return Path(tiny["run"])
 
 
-@pytest.mark.parametrize("name", ["zero2_fp16", "zero3_offload"])
-def test_a_resumed_run_has_the_same_averages(
-    tiny: dict[str, Any], tmp_path: Path, name: str
-) -> None:
-    whole = short(tiny, world=2, name=name)
+def test_a_resumed_run_has_the_same_averages(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """In fp16, which skips some of the steps; tests/test_muon.py has offload."""
+    whole = short(tiny, world=2, name="zero2_fp16")
     tiny["run"] = tmp_path / "resumed"
-    short(tiny, "train.steps=3", world=2, name=name)
-    run = short(tiny, world=2, name=name)
+    short(tiny, "train.steps=3", world=2, name="zero2_fp16")
+    run = short(tiny, world=2, name="zero2_fp16")
     runs.assert_same_bits(runs.state_of(whole, 6), runs.state_of(run, 6))
     assert {path.name for path in (run / "ema").iterdir()} == {
         path.name for path in (whole / "ema").iterdir()
