@@ -135,7 +135,7 @@ def average(found: Checkpoint, root: Path, length: float) -> dict[str, torch.Ten
             "more snapshots (post_hoc_ema.every)"
         )
     distributed.print_main(
-        f"EMA of length {length} from {len(sources) - 1} snapshots and {found.path.name}: its "
+        f"EMA of length {length} from {found.path.name} and {len(sources) - 1} snapshots: its "
         f"profile is {left:.2%} off"
     )
     # Without what is nothing but rounding: then a length that was kept comes out bit by bit.
@@ -154,7 +154,7 @@ def average(found: Checkpoint, root: Path, length: float) -> dict[str, torch.Ten
 
 def _snapshots(root: Path, until: Checkpoint) -> list[Checkpoint]:
     """Those before a checkpoint's step, newest first."""
-    there = []
+    there, times = [], {_profiles(until)[0].time}
     for path in committed(root):
         if step_of(path) >= until.step:
             continue
@@ -163,11 +163,13 @@ def _snapshots(root: Path, until: Checkpoint) -> list[Checkpoint]:
             snapshot.verify()
             if _shapes(snapshot.index) != _shapes(until.index):
                 raise CheckpointError(f"{path} is of another model")
-            _profiles(snapshot)
+            time = _profiles(snapshot)[0].time
         except CheckpointError as e:
             distributed.warn_main(f"damaged snapshot not used: {e}")
             continue
-        there.append(snapshot)
+        if time not in times:  # all steps between two may have been skipped, in fp16
+            there.append(snapshot)
+            times.add(time)
     return there
 
 
