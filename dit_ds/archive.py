@@ -88,8 +88,12 @@ class Checkpoint:
     index: Index
 
     @staticmethod
-    def open(path: Path) -> Checkpoint:
+    def open(path: Path, *, holding: str = MASTER) -> Checkpoint:
         """Read and check the index; the files it names are not touched.
+
+        Args:
+            path: the folder.
+            holding: the state without which it would be of no use.
 
         Raises:
             CheckpointError: not a checkpoint, of another format, or not whole.
@@ -119,7 +123,7 @@ class Checkpoint:
             raise CheckpointError(f"{file} is damaged ({e!s:.200})") from e
         if path.name != folder_name(checkpoint.step):  # what stays is decided by steps
             raise CheckpointError(f"{file} is that of step {checkpoint.step}")
-        checkpoint._check_ranges()
+        checkpoint._check_ranges(holding)
         return checkpoint
 
     @property
@@ -127,13 +131,13 @@ class Checkpoint:
         """Optimizer steps done when it was saved."""
         return self.index.step
 
-    def _check_ranges(self) -> None:
+    def _check_ranges(self, holding: str) -> None:
         parameters = self.index.parameters
         sizes = {name: parameter.numel for name, parameter in parameters.items()}
         if fault := gap(sizes, [file.ranges for file in self.index.files.values()]):
             raise CheckpointError(f"{self.path}: {fault}")
-        if parameters and MASTER not in self.index.keys:
-            raise CheckpointError(f"{self.path}: holds no weights ({MASTER})")
+        if parameters and holding not in self.index.keys:
+            raise CheckpointError(f"{self.path}: holds no weights ({holding})")
         if MODULE not in self.index.files:
             raise CheckpointError(f"{self.path}: holds no {MODULE}")
 

@@ -76,10 +76,13 @@ class Checkpoints:
     Args:
         engine: the DeepSpeed engine.
         root: the run's `checkpoints` folder, which this run holds alone.
-        keep: which checkpoints stay.
+        keep: which checkpoints stay. None for all, and no `latest`: training goes on from none.
+        keys: the state that is saved; the weights and all that the optimizer keeps, unless given.
     """
 
-    def __init__(self, engine: Any, root: Path, keep: Keep) -> None:
+    def __init__(
+        self, engine: Any, root: Path, keep: Keep | None, *, keys: tuple[str, ...] = ()
+    ) -> None:
         self._engine, self._root, self._keep = engine, root, keep
         self._pending: _Pending | None = None
         self._tidying: Future[list[str]] | None = None
@@ -95,21 +98,28 @@ class Checkpoints:
             if fault := gap({k: math.prod(v) for k, v in shapes.items()}, self._ranges):
                 raise zero.unknown_layout(engine, fault)
         optimizer: Any = zero.client_optimizer(engine)
-        keys = (MASTER, *optimizer.vector_state)
+        self._keys = keys or (MASTER, *optimizer.vector_state)
         with distributed.agreed():
             if distributed.is_main():
                 root.mkdir(parents=True, exist_ok=True)
                 remove_leftovers(root)
             # Now, because a host with too little memory should not tell in an hour.
-            self._staging = Staging({f"{k}/{f.name}": f.length for f in fragments for k in keys})
+            sizes = {f"{k}/{f.name}": f.length for f in fragments for k in self._keys}
+            self._staging = Staging(sizes)
+        if keep is None:
+            return
         # An old one goes only after a new one has come.
         num_more = max(1, keep.last + 1 - len(committed(root)))
-        num_bytes = self._sum_of_bytes() * num_more
+        num_bytes = self.num_bytes() * num_more
         try:
             _check_room(root, num_bytes)
         except OSError as e:
             many = f"{num_more} checkpoints" if num_more > 1 else "a checkpoint"
-            distributed.warn_main(f"there is no room for {many} now: {e}; {_remedy(root)}")
+            distributed.warn_main(f"there is no room for {many} now: {e}; {remedy(root)}")
+
+    def num_bytes(self) -> int:
+        """Size of all ranks' files; a collective."""
+        return int(distributed.reduce_sum(torch.tensor([self._staging.num_bytes])).item())
 
     def save(self, *, step: int, about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Copy the state into host memory and begin to write it, after the save before this one.
@@ -127,14 +137,14 @@ class Checkpoints:
         began = time.perf_counter()
         self._num_saves += 1
         aside = self._root / f".{folder_name(step)}.{self._token}-{self._num_saves}.tmp"
-        tensors, scalars = _state(self._engine)
+        tensors, scalars = _state(self._engine, self._keys)
         module = _module(self._engine)
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         with self._saving(step):
             if self._staging.sizes != sizes:  # no step was applied yet, so there is no state
                 self._staging = Staging(sizes, memory=self._staging)
         staging = self._staging
-        num_bytes = self._sum_of_bytes() + len(module)
+        num_bytes = self.num_bytes() + len(module)
         with self._saving(step):
             if distributed.is_main():
                 _check_room(self._root, num_bytes)
@@ -153,7 +163,7 @@ class Checkpoints:
         now = time.perf_counter()
         written = in_background(write_files)
         self._pending = _Pending(
-            step, num_bytes, aside, content, _keys(tensors), scalars, written, now, now - began
+            step, num_bytes, aside, content, _held(tensors), scalars, written, now, now - began
         )
 
     def commit(self, *, wait: bool = False) -> Committed | None:
@@ -182,10 +192,6 @@ class Checkpoints:
             self._finish_tidying()
         return done
 
-    def _sum_of_bytes(self) -> int:
-        """Size of all ranks' files."""
-        return int(distributed.reduce_sum(torch.tensor([self._staging.num_bytes])).item())
-
     def _commit(self, pending: _Pending) -> Path:
         path = folder(self._root, pending.step)
         with self._saving(pending.step):
@@ -201,12 +207,14 @@ class Checkpoints:
                 remove(path)  # a damaged one, or one never told of, or we would not be here
                 pending.aside.rename(path)
                 files.sync(self._root)
-                files.write_atomically(self._root / "latest", path.name + "\n")
-        if distributed.is_main():
+                if self._keep is not None:
+                    files.write_atomically(self._root / "latest", path.name + "\n")
+        keep = self._keep
+        if keep is not None and distributed.is_main():
             self._known = {k: v for k, v in self._known.items() if k < pending.step}
             self._known[pending.step] = pending.content["metrics"]
             self._tidying = in_background(
-                lambda: tidy(self._root, self._keep, newest=pending.step, known=self._known)
+                lambda: tidy(self._root, keep, newest=pending.step, known=self._known)
             )
         return path
 
@@ -254,16 +262,19 @@ class Checkpoints:
                 for aside in self._root.glob(f".*.{self._token}-*.tmp"):
                     shutil.rmtree(aside, ignore_errors=True)
             full = all(isinstance(e, OSError) and e.errno in _FULL for e in errors)
+            what = "snapshot" if self._keep is None else "checkpoint"
             told = (
-                f"checkpoint {folder(self._root, step)} could not be written: {e}; older "
-                "checkpoints are untouched"
+                f"{what} {folder(self._root, step)} could not be written: {e}; older "
+                f"{what}s are untouched"
             )
             if distributed.reduce_max(float(not full)):
                 raise distributed.RankError(told) from e
-            raise DiskFull(f"{told}; {_remedy(self._root)}") from e
+            raise DiskFull(f"{told}; {remedy(self._root)}") from e
 
 
-def _state(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+def _state(
+    engine: Any, keys: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """This rank's part: vectors by `KEY/PARAMETER`, and scalars by parameter where it begins."""
     state = zero.client_optimizer(engine).state
     tensors: dict[str, torch.Tensor] = {}
@@ -275,15 +286,15 @@ def _state(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, fl
         for f in flat.written:
             if f.offset == 0:
                 scalars[f.name] = {k: v.item() for k, v in mine.items() if k not in vectors}
-            for key, vector in vectors.items():
-                piece = vector.detach().view(-1)[f.start : f.start + f.length]
+            for key in filter(vectors.__contains__, keys):
+                piece = vectors[key].detach().view(-1)[f.start : f.start + f.length]
                 tensors[f"{key}/{f.name}"] = piece
     return tensors, scalars
 
 
-def _keys(tensors: dict[str, torch.Tensor]) -> list[str]:
+def _held(tensors: dict[str, torch.Tensor]) -> list[str]:
     """Which state the parameters have."""
-    return sorted({MASTER} | {name.partition("/")[0] for name in tensors})
+    return sorted({name.partition("/")[0] for name in tensors})
 
 
 def _module(engine: Any) -> bytes:
@@ -338,5 +349,6 @@ def _check_room(root: Path, num_bytes: int) -> None:
         raise _NoRoom(f"{root} needs {needs} for it, and has {has}")
 
 
-def _remedy(root: Path) -> str:
+def remedy(root: Path) -> str:
+    """What to do where there is no room."""
     return f"make room, as `python tools/checkpoint.py prune {root.parent} --keep 1` may do"

@@ -19,7 +19,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dit_ds import archive, distributed, files, restore
+from dit_ds import archive, distributed, files, posthoc, restore
 from dit_ds.checkpoint_index import Strict, fault_of
 from dit_ds.manifest import image_shape
 from dit_ds.models import DiT
@@ -59,7 +59,7 @@ class Description(Strict):
     """What one must know to use the weights; the JSON file beside them.
 
     latent_shape: (C, H, W). image_size: pixels of the shorter side. vae: the name it was asked for
-    by.
+    by. ema_length: of the average, where it was made after the training.
     """
 
     model: Sizes
@@ -74,6 +74,7 @@ class Description(Strict):
     dataset: str
     step: int
     images_seen: int
+    ema_length: float | None = None
     format: int = FORMAT
 
     @pydantic.model_validator(mode="after")
@@ -114,12 +115,14 @@ class Weights:
         return model.to(device).eval()
 
 
-def from_run(run: Path) -> Weights:
+def from_run(run: Path, *, ema_length: float | None = None) -> Weights:
     """The EMA weights of a run's newest checkpoint; a collective.
+
+    ema_length: not those of the plain EMA, but of one of this length (see `posthoc`).
 
     Raises:
         RankError: not a run directory, no checkpoint yet, none that is whole, or of another model
-            than it says.
+            than it says; or it has not what a length needs.
     """
     with distributed.agreed():
         if not run.is_dir():
@@ -135,6 +138,9 @@ def from_run(run: Path) -> Weights:
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         _model(about, shapes | archive.module_shapes(found), str(found.path))
         state = {name: tensor.float() for name, tensor in archive.unsharded(found).items()}
+        if ema_length is not None:
+            about = about.model_copy(update={"ema_length": ema_length})
+            return Weights(state | posthoc.average(found, run / "ema", ema_length), about)
         # Before the first step that was applied the average is the weights themselves.
         key = "ema" if "ema" in found.index.keys else archive.MASTER
         ranges = archive.Ranges(found)

@@ -1,4 +1,4 @@
-"""AdamW and Sophia-G that keep an average of their weights, and the learning rate by the step.
+"""AdamW and Sophia-G that keep averages of their weights, and the learning rate by the step.
 
 The exponential moving average (EMA) is optimizer state, `state[p]["ema"]`, shaped like the
 parameter that the optimizer sees. ZeRO therefore shards it, offloads it and hands it back like the
@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 
+from dit_ds import profiles
 from dit_ds.settings import Optimizer
 
+PROFILES = ("ema_short", "ema_long")
+"""State of the averages with power-function profiles, where they are kept."""
 
-class _Averaging(torch.optim.Optimizer):
+
+class Averaging(torch.optim.Optimizer):
     """What our optimizers have in common: the EMA, and at ZeRO stage 0 the clipping.
 
     The decay at step t (from 1) is min(ema_decay, (1 + t) / (10 + t)), so that the first weights
-    are forgotten soon; the average starts from the initial weights. All of it is elementwise, so
-    the flat partitions that ZeRO hands over are treated as the parameters themselves would be.
+    are forgotten soon; the average starts from the initial weights. With `ema_lengths` two more
+    averages are kept, whose decay is (1 - 1 / t)^(gamma + 1) (see `profiles`). All of it is
+    elementwise, so the flat partitions that ZeRO hands over are treated as the parameters
+    themselves would be.
 
     At ZeRO stage 0 the engine calls the optimizer without a wrapper of its own. There, and only
     there, `max_grad_norm` is given: gradients are clipped here, and a step whose gradient is not
@@ -35,9 +41,15 @@ class _Averaging(torch.optim.Optimizer):
     vector_state: tuple[str, ...]
     scalar_state = ("step",)
 
-    def _begin(self, *, ema_decay: float, max_grad_norm: float | None) -> None:
+    def _begin(
+        self, *, ema_decay: float, ema_lengths: tuple[float, ...], max_grad_norm: float | None
+    ) -> None:
         for group in self.param_groups:
             group["ema_decay"] = ema_decay
+            if ema_lengths:
+                group["ema_lengths"] = ema_lengths
+        self._gammas = dict(zip(PROFILES, map(profiles.exponent, ema_lengths), strict=False))
+        self.vector_state = (*self.vector_state, *self._gammas)
         self.max_grad_norm = max_grad_norm
         self.overflow = False
         self._global_grad_norm: torch.Tensor | float = 0.0
@@ -62,6 +74,10 @@ class _Averaging(torch.optim.Optimizer):
             t = state["step"]
             weight = 1 - torch.clamp((1 + t) / (10 + t), max=group["ema_decay"])
             state["ema"].lerp_(p.detach(), weight)
+            for key, gamma in self._gammas.items():
+                # 1 - (1 - 1/t)^(gamma + 1), which float32 could not tell from 0 late in a training.
+                weight = -torch.expm1((gamma + 1) * torch.log1p(-1 / t))
+                state[key].lerp_(p.detach(), weight)
 
     def _clip(self) -> bool:
         """At stage 0, clip the global gradient norm; False where it is not finite."""
@@ -80,7 +96,7 @@ class _Averaging(torch.optim.Optimizer):
         return True
 
 
-class AdamW(_Averaging, torch.optim.AdamW):
+class AdamW(Averaging, torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter 2019) plus the EMA of the weights as state."""
 
     vector_state = ("exp_avg", "exp_avg_sq", "ema")
@@ -94,10 +110,11 @@ class AdamW(_Averaging, torch.optim.AdamW):
         eps: float,
         weight_decay: float,
         ema_decay: float,
+        ema_lengths: tuple[float, ...] = (),
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self._begin(ema_decay=ema_decay, max_grad_norm=max_grad_norm)
+        self._begin(ema_decay=ema_decay, ema_lengths=ema_lengths, max_grad_norm=max_grad_norm)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -110,7 +127,7 @@ class AdamW(_Averaging, torch.optim.AdamW):
             self._average()
 
 
-class SophiaG(_Averaging):
+class SophiaG(Averaging):
     """Sophia with the Gauss-Newton-Bartlett estimate of the diagonal Hessian, and the EMA.
 
     A step, elementwise, from the gradient g and the Hessian's running mean h:
@@ -141,11 +158,12 @@ class SophiaG(_Averaging):
         eps: float = 1e-12,
         weight_decay: float = 0.0,
         ema_decay: float = 0.9999,
+        ema_lengths: tuple[float, ...] = (),
         max_grad_norm: float | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        self._begin(ema_decay=ema_decay, max_grad_norm=max_grad_norm)
+        self._begin(ema_decay=ema_decay, ema_lengths=ema_lengths, max_grad_norm=max_grad_norm)
         self._scale: float | None = None
 
     @torch.no_grad()
@@ -177,15 +195,23 @@ class SophiaG(_Averaging):
 
 
 def build(
-    params: Iterable[torch.nn.Parameter], settings: Optimizer, *, zero_stage: int
+    params: Iterable[torch.nn.Parameter],
+    settings: Optimizer,
+    *,
+    zero_stage: int,
+    ema_lengths: tuple[float, ...] = (),
 ) -> AdamW | SophiaG:
-    """The optimizer of a configuration, to be handed to `deepspeed.initialize`."""
+    """The optimizer of a configuration, to be handed to `deepspeed.initialize`.
+
+    ema_lengths: of the two averages that are kept beside the plain one, or none.
+    """
     common: dict[str, Any] = {
         "lr": settings.lr,
         "betas": settings.betas,
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
         "ema_decay": settings.ema_decay,
+        "ema_lengths": ema_lengths,
         "max_grad_norm": settings.gradient_clipping if zero_stage == 0 else None,
     }
     if settings.name == "sophiag":

@@ -98,7 +98,8 @@ class Objective(Section):
 class Optimizer(Section):
     """An optimizer with an exponential moving average of the weights, and its learning rate."""
 
-    name: Literal["adamw", "sophiag"] = "adamw"
+    name: Literal["adamw", "sophiag", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, with AdamW for the rest (see `muon.Muon`)."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """With sophiag 2e-4 unless set."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
@@ -109,6 +110,8 @@ class Optimizer(Section):
     (0.965, 0.99) unless set."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Least denominator. With sophiag, where curvatures are small, 1e-12 unless set."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Of muon: that of the matrices it trains; 0.95 unless set. The rest is AdamW's, with betas."""
     rho: Annotated[float, Field(gt=0)] | None = None
     """Of sophiag: how far a coordinate may trust its curvature (see `optim.SophiaG`); 0.01 unless
     set."""
@@ -125,25 +128,60 @@ class Optimizer(Section):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _defaults(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and tree.get("name") == "sophiag":
-            return _SOPHIAG | tree
+        if isinstance(tree, dict) and tree.get("name") in ("sophiag", "muon"):
+            return (_SOPHIAG if tree["name"] == "sophiag" else _MUON) | tree
         return tree
 
     @pydantic.model_validator(mode="after")
     def _applies(self) -> Optimizer:
-        for key in ("rho", "hessian_every"):
+        for key, name in (("rho", "sophiag"), ("hessian_every", "sophiag"), ("momentum", "muon")):
             value = getattr(self, key)
-            if value is not None and self.name != "sophiag":
+            if value is not None and self.name != name:
                 raise ValueError(
                     f"optimizer.{key}={value} has no meaning for optimizer.name={self.name}; leave "
-                    "it out, or set optimizer.name=sophiag"
+                    f"it out, or set optimizer.name={name}"
                 )
-            if value is None and self.name == "sophiag":
+            if value is None and self.name == name:
                 raise ValueError(f"optimizer.{key} must be set; leave it out for the default")
         return self
 
 
+_LONGEST = 12**-0.5  # the plain mean of all steps
+
+Length = Annotated[float, Field(gt=0, le=_LONGEST)]
+"""Of a power-function average: the standard deviation of its profile over the time trained."""
+
+
+class PostHocEMA(Section):
+    """Two more averages, with snapshots from which one of any length is made after the training.
+
+    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models".
+    """
+
+    every: NonNegative = 0
+    """Steps between two snapshots, all of which stay (8 bytes for each parameter); 0 for none, and
+    then no such average is kept."""
+    lengths: tuple[Length, Length] = (0.05, 0.10)
+    """Of the two averages, the shorter one first."""
+
+    @pydantic.model_validator(mode="after")
+    def _applies(self) -> PostHocEMA:
+        short, long = self.lengths
+        if long < 1.1 * short:
+            raise ValueError(
+                f"post_hoc_ema.lengths={short, long} are too near each other, or not in order; "
+                f"choose e.g. {short, 2 * short}"
+            )
+        if not self.every and self.lengths != type(self).model_fields["lengths"].default:
+            raise ValueError(
+                f"post_hoc_ema.lengths={short, long} has no meaning without snapshots; set "
+                "post_hoc_ema.every too, or leave it out"
+            )
+        return self
+
+
 _SOPHIAG = {"lr": 2e-4, "betas": (0.965, 0.99), "eps": 1e-12, "rho": 0.01, "hessian_every": 10}
+_MUON = {"momentum": 0.95}
 
 
 class Train(Section):
@@ -202,6 +240,7 @@ class Config(Section):
     model: Model
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
+    post_hoc_ema: PostHocEMA = PostHocEMA()
     train: Train = Train()
     preview: Preview = Preview()
     validation: Validation = Validation()

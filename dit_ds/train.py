@@ -28,7 +28,9 @@ from dit_ds import (
     config,
     distributed,
     launched,
+    muon,
     optim,
+    posthoc,
     remote,
     restore,
     retention,
@@ -157,6 +159,8 @@ def train(
 
     def commit(*, wait: bool) -> None:
         nonlocal saved_step
+        if snapshots is not None and not snapshots.commit(wait=wait):
+            return  # who resumes from a checkpoint does not make the snapshots before it again
         done = checkpoints.commit(wait=wait)
         if done is not None:
             saved_step = retention.step_of(done.path)
@@ -204,6 +208,11 @@ def train(
         rundir.write(run, cfg, ds_config, step=state.step)
         # Nor before its workers are forked: they would keep a copy of what is staged.
         checkpoints = checkpoint.Checkpoints(engine, root, keep)
+        snapshots = None
+        if every := cfg.post_hoc_ema.every:
+            snapshots = posthoc.Snapshots(
+                engine, run / "ema", every=every, step=state.step, last_step=state.last_step
+            )
         phase = "compile"  # the first step takes longer: kernels, memory, the first shards
         while not state.done:
             beats.beat(phase, state.step, "waiting for data")
@@ -251,6 +260,12 @@ def train(
                 commit(wait=bool(due))  # what an earlier step saved
             except checkpoint.DiskFull as e:
                 monitor.warn(f"{e}; training goes on and tries again at the next save")
+            if snapshots is not None and snapshots.due(state.step):
+                beats.beat("save", state.step)
+                try:
+                    snapshots.save(step=state.step)
+                except checkpoint.DiskFull as e:
+                    monitor.warn(f"{e}; training goes on, and --ema-length does without it")
             if due:
                 try:
                     save(metrics, wait=state.done)
@@ -292,13 +307,23 @@ def build_engine(
             model = DiT(**sizes, checkpoint_every=cfg.model.checkpoint_every)
         # Values follow from name and seed alone: all stages and worlds start from the same ones.
         model.initialize_weights(cfg.seed, gather=lambda p: zero.gathered(p, write=True))
-        optimizer = optim.build(model.parameters(), cfg.optimizer, zero_stage=stage)
+        lengths = cfg.post_hoc_ema.lengths if cfg.post_hoc_ema.every else ()
+        optimizer: Any
+        if cfg.optimizer.name == "muon":
+            optimizer = muon.build(model, cfg.optimizer, zero_stage=stage, ema_lengths=lengths)
+        else:
+            parameters = model.parameters()
+            optimizer = optim.build(
+                parameters, cfg.optimizer, zero_stage=stage, ema_lengths=lengths
+            )
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=resolved, dist_init_required=False
         )
     except pydantic.ValidationError as e:  # DeepSpeed's own check of the sections of its JSON
         raise config.section_error("--deepspeed_config", e) from None
     zero.check_engine(engine)
+    if isinstance(optimizer, muon.Muon):
+        optimizer.attach(engine)
     return engine
 
 

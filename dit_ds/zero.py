@@ -132,13 +132,14 @@ def client_optimizer(engine: Any) -> torch.optim.Optimizer:
     return engine.basic_optimizer
 
 
+def full_shape(p: torch.Tensor) -> list[int]:
+    """Shape of a parameter, whatever part of it this rank holds."""
+    return list(getattr(p, "ds_shape", p.shape))
+
+
 def parameter_shapes(engine: Any) -> dict[str, list[int]]:
-    """Full shape of every trained parameter, whatever part of it this rank holds."""
-    return {
-        name: list(getattr(p, "ds_shape", p.shape))
-        for name, p in engine.module.named_parameters()
-        if p.requires_grad
-    }
+    """Full shape of every trained parameter."""
+    return {name: full_shape(p) for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
 def flats(engine: Any) -> list[Flat]:

@@ -175,7 +175,7 @@ def test_sophia_follows_the_algorithm_of_the_paper() -> None:
     lr, (beta1, beta2), gamma, eps, decay = 0.03, (0.965, 0.99), 0.01, 1e-12, 0.1
     theta = rng.normal(size=50)
     p = nn.Parameter(torch.from_numpy(theta).float())
-    settings = {"lr": lr, "weight_decay": decay, "ema_decay": 0.9}
+    settings: dict[str, Any] = {"lr": lr, "weight_decay": decay, "ema_decay": 0.9}
     sophia = optim.SophiaG([p], betas=(beta1, beta2), rho=gamma, eps=eps, **settings)
     m, h, average = np.zeros(50), np.zeros(50), theta
     clipped = 0.0

@@ -26,7 +26,8 @@ HOUSE: dict[str, set[str]] = {
     "models": {"layers"},
     "flops": {"layers", "models"},
     "objectives": set(),
-    "optim": {"settings"},
+    "profiles": set(),
+    "optim": {"profiles", "settings"},
     "latents": set(),
     "manifest": {"files"},
     "shards": {"files", "manifest"},
@@ -54,6 +55,7 @@ HOUSE: dict[str, set[str]] = {
     | {"plan", "records", "pipeline", "progress", "heartbeat"},
     "samplers": {"objectives", "draws"},
     "zero": set(),
+    "muon": {"distributed", "optim", "settings", "zero"},
     "checkpoint_index": set(),
     "archive": {"checkpoint_index"},
     "retention": {"archive", "files"},
@@ -64,8 +66,13 @@ HOUSE: dict[str, set[str]] = {
         *("staging", "zero"),
     },
     "restore": {"archive", "checkpoint_index", "distributed", "retention", "zero", "files"},
+    "posthoc": {
+        *("archive", "checkpoint", "checkpoint_index", "distributed", "optim", "profiles"),
+        *("retention", "settings", "zero"),
+    },
     "export": {
-        *("models", "archive", "checkpoint_index", "distributed", "files", "manifest", "restore"),
+        *("models", "archive", "checkpoint_index", "distributed", "files", "manifest", "posthoc"),
+        "restore",
     },
     "sampling": {
         *("distributed", "draws", "export", "files", "heartbeat", "latents", "objectives"),
@@ -86,8 +93,10 @@ HOUSE["train"] = {
     *("beats", "command_line", "curvature", "settings"),
     *("checkpoint", "config", "distributed", "latents", "launched", "loader", "models", "monitor"),
     *(
+        "muon",
         "objectives",
         "optim",
+        "posthoc",
         "preview",
         "remote",
         "restore",
@@ -131,7 +140,7 @@ KNOWS_TORCH_NOT = {
     "manifest",
     "shards",
 }
-KNOWS_TORCH_NOT |= {"settings", "transfer", "remote"}
+KNOWS_TORCH_NOT |= {"settings", "transfer", "remote", "profiles"}
 KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
 KNOWS_TORCH_NOT |= {"agent", "link", "fleet", "preflight", "supervisor", "beats", "command_line"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))

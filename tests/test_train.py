@@ -24,7 +24,13 @@ STEPS = 20
 BATCH = ("train.global_batch_size=16", f"train.steps={STEPS}", "train.checkpoint_every=20")
 
 
-def plain_pytorch(cfg: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
+def adamw(model: torch.nn.Module, o: Optimizer) -> Any:
+    return torch.optim.AdamW(
+        model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+    )
+
+
+def plain_pytorch(cfg: Config, make: Any = adamw) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training without DeepSpeed, ranks or micro-steps: losses and final state."""
     manifest = Manifest.load(cfg.data.path)
     batch_size = cfg.train.global_batch_size
@@ -45,21 +51,19 @@ def plain_pytorch(cfg: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     objective = DDPM(manifest.num_classes, class_dropout=cfg.objective.class_dropout)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     o = cfg.optimizer
-    adamw = torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
-    )
+    optimizer = make(model, o)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
     for step in range(cfg.train.steps):
         (micro,) = loader.next()
         x_start = space.sample(micro.moments, micro.posterior)
         loss = objective.loss(model, x_start, micro)["loss"].mean()
-        adamw.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.gradient_clipping)
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = o.lr * min(1.0, (step + 1) / o.warmup_steps)
-        adamw.step()
+        optimizer.step()
         t = step + 1
         for name, p in model.named_parameters():
             ema[name].lerp_(p.detach(), 1 - min(o.ema_decay, (1 + t) / (10 + t)))

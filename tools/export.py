@@ -1,6 +1,6 @@
 """Write a run's averaged (EMA) weights as one safetensors file, its description beside it.
 
-    python tools/export.py --run RUN_DIR --out FILE.safetensors
+    python tools/export.py --run RUN_DIR --out FILE.safetensors [--ema-length 0.10]
 
 Works on the newest checkpoint, whatever ZeRO stage and number of ranks wrote it.
 """
@@ -18,10 +18,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
+    parser.add_argument(
+        "--ema-length",
+        type=float,
+        metavar="SIGMA_REL",
+        help="of a run with post_hoc_ema.every: this average in place of the plain one",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = parser.parse_args(arguments)
     try:
-        weights = export.from_run(args.run)
+        weights = export.from_run(args.run, ema_length=args.ema_length)
         with distributed.agreed():
             export.save(weights, args.out)
     except ValueError as error:
