@@ -122,7 +122,7 @@ def mean_estimate(ds_config: dict[str, Any], micro_steps: int, num_estimates: in
 def test_the_mean_of_many_estimates_is_the_diagonal_gauss_newton_matrix(
     stage: int, world: int, micro_steps: int
 ) -> None:
-    num = 1200
+    num = 400
     ds_config = {"zero_optimization": {"stage": stage}}
     found = run_ranks(world, mean_estimate, ds_config, micro_steps, num)
     ratio = torch.tensor(found[0]).view(2 * CHANNELS, CHANNELS) / analytic()
@@ -150,7 +150,7 @@ def train_throwing_away(estimates: bool, *arguments: str) -> None:
 
 
 SOPHIA = ("optimizer.name=sophiag", "optimizer.hessian_every=2", "train.steps=5")
-CONFIGS = ("zero0", "zero1", "zero2_fp16", "zero2_fp32", "zero2_offload", "zero3", "zero3_offload")
+CONFIGS = ("zero0", "zero1", "zero2_fp16", "zero2_offload", "zero3")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -208,7 +208,7 @@ def test_padding_has_no_gradient_and_does_not_move() -> None:
     assert p.tolist() == pytest.approx([-2e-4, 2e-4, 0, 0])
 
 
-@pytest.mark.parametrize("path", ["zero2", "zero3_offload", "zero2_fp16"])
+@pytest.mark.parametrize("path", ["zero3_offload", "zero2_fp16"])
 def test_a_resumed_run_estimates_as_if_never_stopped(
     tiny: dict[str, Any], tmp_path: Path, path: str
 ) -> None:
