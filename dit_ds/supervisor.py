@@ -82,6 +82,7 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
     held = hold(target.run, options.node_rank) if target.run else None
     port = 0 if wanted.first_rank else options.master_port  # to be free on rank 0's machine
     failures: list[Failure] = []
+    code = 0
     while True:
         with Fleet(wanted.hosts, slurm=wanted.slurm) as fleet:
             if fit(fleet, target, environment, port=port, again=bool(failures)):
@@ -110,6 +111,8 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                     tell(outcome, logs)
                 for what in fleet.end():
                     say(f"could not be killed, on {what}")
+            elif not failures:  # nobody has seen these hosts work, so a restart would be a guess
+                return 1
             else:
                 outcome = Outcome(1, "there are no hosts to start on")
         cause = outcome.cause
@@ -117,7 +120,8 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
             break
         failures.append(Failure(outcome, saved_step(target.run)))
         if outcome.code == 2 or asked.stop or len(failures) > options.max_restarts:
-            return outcome.code
+            code = outcome.code
+            break
         if target.run and (verdict := hopeless(failures)):
             say(verdict)
             return 1
@@ -128,11 +132,12 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
         while time.monotonic() < over and not asked.stop:
             time.sleep(0.1)
         if asked.stop:
-            return 1
-    if asked.stop:
+            code = 1
+            break
+    if asked.stop and code != 2:  # also where saving failed: it goes on from the last checkpoint
         requeue()
     del held
-    return 0
+    return code
 
 
 def fit(

@@ -57,6 +57,17 @@ def test_a_tool_that_fails_is_started_again(tmp_path: Path) -> None:
     assert status == 1 and out.count("FAILED") == 2
 
 
+def test_hosts_that_cannot_be_had_at_first_are_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text("")
+    (tmp_path / "hosts").write_text("localhost slots=1\nno-such-host.invalid slots=1\n")
+    words = ["--hostfile", str(tmp_path / "hosts"), "--max-restarts", "3"]
+    with launch("run.sh", *words, str(tmp_path / "tool.py"), cwd=tmp_path) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "FAULT no-such-host.invalid" in out, out
+    assert "FAILED: not all hosts can be used" in out and "restart" not in out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
     status, out = tool(tmp_path, "sys.exit(2)", "--max-restarts", "3")
     assert status == 2 and out.count("FAILED") == 1
