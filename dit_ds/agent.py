@@ -114,7 +114,9 @@ def _serve(line: Line, folder: Path) -> None:
                     line.send({"event": "unable", "why": str(e)})
             elif "signal" in message:
                 for rank in ranks:
-                    if rank.code is None:
+                    # Before it listens (and beats), a request to save would kill it.
+                    deaf = message["signal"] == signal.SIGUSR1 and rank.beat is None
+                    if rank.code is None and not deaf:
                         rank.process.send_signal(message["signal"])
             elif "report" in message:
                 line.send({"ranks": [_seen(rank) for rank in ranks]})

@@ -7,7 +7,6 @@ is open to others, and whoever is gone is missed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from dit_ds import diagnosis
+from dit_ds.console import show
 from dit_ds.diagnosis import Event
 from dit_ds.hosts import Host
 from dit_ds.link import Link, passed
@@ -206,7 +206,9 @@ class Fleet:
             return Outcome(1, events[0].why or "ended at once, as asked twice")
         cause = diagnosis.first(events, ranks)
         step = int(cause.seen["step"]) if cause.seen else max([s["step"] for _, s in ranks] or [0])
-        code = 2 if cause.kind == "ended" and cause.code == 2 else 1
+        # Later it is not a setting: a shard that cannot be read, perhaps only now.
+        at_start = cause.seen.get("phase", "start") == "start"
+        code = 2 if cause.kind == "ended" and cause.code == 2 and at_start else 1
         return Outcome(code, diagnosis.sentence(cause, limits), cause, step)
 
     def _start(self, job: Job) -> list[Event]:
@@ -325,13 +327,6 @@ class Fleet:
                     again.ask("end_agent", of=[link.host.name], seconds=2, pid=link.agent)
         self._links, self.hosts = [], []
         return [f"{host}: {what}" for host, all_left in left.items() for what in all_left]
-
-
-def show(text: str) -> None:
-    """Print, where anyone reads: a terminal that was closed must not end the run."""
-    with contextlib.suppress(OSError):
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def _event(link: Link, message: dict[str, Any]) -> Event:

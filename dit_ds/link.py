@@ -68,7 +68,8 @@ class Link:
     def why(self) -> str:
         """Why it is gone, with the remedy where it is known."""
         try:
-            code = self.process.wait(2)
+            # Only where it is at its end: waiting for each of many hosts, none would hear from us.
+            code = self.process.wait(2 if self.line.closed else 0)
         except subprocess.TimeoutExpired:
             return f"not heard for {self.line.silent:.0f} s; the host is down, stopped or cut off"
         said = next((line for line in reversed(self._said) if line), "")

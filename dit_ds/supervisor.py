@@ -23,10 +23,12 @@ from types import FrameType
 
 from dit_ds import cluster_env, command_line, files, hosts, preflight
 from dit_ds.beats import PHASES
-from dit_ds.fleet import Asked, Fleet, Job, Outcome, show
+from dit_ds.console import show
+from dit_ds.fleet import Asked, Fleet, Job, Outcome
 
 _TIMEOUTS = dict(zip(PHASES, (900.0, 1800.0, 120.0, 600.0, 900.0), strict=True))
 _SAME_FAILURES = 3
+_TWICE_SECONDS = 0.5
 _LAG_SECONDS = 60.0  # that a shared file system may take to show another host's file
 ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
 
@@ -65,12 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def supervise(options: argparse.Namespace, target: Target) -> int:
     """Attempt after attempt, until the target is done, stopped, or beyond hope; the exit code."""
-    asked = Asked()
+    asked, asked_at = Asked(), float("inf")
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.save = asked.save or number == signal.SIGUSR1
-        asked.now = asked.now or (asked.stop and number != signal.SIGUSR1)  # a second is meant
-        asked.stop = asked.stop or number != signal.SIGUSR1
+        nonlocal asked_at
+        if number == signal.SIGUSR1:
+            asked.save = True
+            return
+        # A second is meant; but a terminal that is closed sends two at once.
+        asked.now = asked.now or time.monotonic() - asked_at > _TWICE_SECONDS
+        if not asked.stop:
+            asked.stop, asked_at = True, time.monotonic()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it for SIGHUP
@@ -103,6 +110,9 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                 outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
                 if outcome.code == 0 and not ended_well(target.run, before):
                     outcome = Outcome(1, "all ranks ended with 0, but the run is not done")
+                elif outcome.code and marker(target.run) not in ("", before):
+                    say(f"the run was done before this: {outcome.why}")
+                    outcome = Outcome(0)
                 stopped = asked.stop and outcome.cause and outcome.cause.code == -signal.SIGTERM
                 if stopped:  # before the ranks could listen; others may have failed for that
                     say("stopped as asked, before there was anything to save")

@@ -117,15 +117,17 @@ HOUSE |= {
     "line": set(),
     "processes": set(),
     "route": set(),
+    "console": set(),
     "diagnosis": set(),
     "comparison": set(),
     "facts": set(),
     "agent": {"beats", "facts", "line", "processes", "route"},
     "link": {"hosts", "line", "processes"},
-    "fleet": {"diagnosis", "hosts", "link"},
+    "fleet": {"console", "diagnosis", "hosts", "link"},
     "preflight": {"comparison", "files", "fleet", "hosts"},
     "supervisor": {
-        *("beats", "cluster_env", "command_line", "files", "fleet", "hosts", "preflight"),
+        *("beats", "cluster_env", "command_line", "console", "files", "fleet", "hosts"),
+        "preflight",
     },
 }
 HOUSE["benchmark_network"] = {"benchmark", "distributed", "network", "zero"}

@@ -134,3 +134,49 @@ def test_a_tool_that_is_interrupted_ends(tmp_path: Path, number: signal.Signals)
         process.send_signal(number)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "stopped as asked" in out and "FAILED" not in out
+
+
+def test_a_closing_terminal_and_an_early_request_to_save_end_nothing(tmp_path: Path) -> None:
+    code = "import signal, time\nasked = []\n"
+    code += "signal.signal(signal.SIGTERM, lambda *a: asked.append(1))\n"
+    code += "print('here', flush=True)\nwhile not asked: time.sleep(0.1)\n"
+    code += "time.sleep(1)\nprint('saved', flush=True)\n"
+    (tmp_path / "tool.py").write_text(code)
+    words = ["--num_gpus", "1", str(tmp_path / "tool.py")]
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # unlike nohup
+    with launch("run.sh", *words, cwd=tmp_path, **heard) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("here"):
+                break
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        for _ in range(2):  # a terminal's own, and its shell's
+            process.send_signal(signal.SIGHUP)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "saved" in out and "FAILED" not in out, out
+
+
+def test_a_run_that_was_done_has_not_failed(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "if 'dit_ds.train' in sys.orig_argv: atexit.register(os.kill, os.getpid(), 11)\n"
+    )
+    (tmp_path / "cluster.env").write_text(f"PYTHONPATH={tmp_path}\n")
+    words = ["--env-file", str(tmp_path / "cluster.env"), *runs.arguments(tiny, FP32)]
+    with launch("train.sh", "--num_gpus", "1", *words) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "the run was done before this" in out, out
+
+
+def test_what_is_printed_waits_for_no_reader_and_fits_any_locale() -> None:
+    code = "import sys, time; from dit_ds.console import show; began = time.monotonic()\n"
+    code += "for _ in range(3000): show('caf\\xe9 ' * 200 + '\\n')\n"
+    code += "print(time.monotonic() - began, file=sys.stderr)"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(
+        ["python", "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert float(process.stderr.readline()) < 2  # and nobody has read so far
+        assert process.stdout.read(200).startswith(b"caf\\xe9 caf\\xe9 ")
