@@ -74,6 +74,8 @@ def main() -> None:
     # The supervisor decides what ends: a Ctrl-C in its terminal is not for us.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Nor is Slurm's SIGTERM, which the ranks get too. Handled, since what is ignored is inherited.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     processes.adopt_orphans()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything else prints must not stand among the messages

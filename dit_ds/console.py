@@ -7,6 +7,8 @@ with it, after a while, the whole training. Standard library only.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import queue
 import sys
 import threading
@@ -34,13 +36,12 @@ def _write() -> None:
     global _written
     while True:
         text = _told.get()
-        # Whatever the locale can write, and also when the terminal was closed.
-        try:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            pass
+        # What the locale cannot write, is escaped. Not through sys.stdout: its lock is not to be
+        # held by a thread that waits for a reader when the interpreter ends.
+        data = text.encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            while data:
+                data = data[os.write(1, data) :]
         _written += len(text)
 
 

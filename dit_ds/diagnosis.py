@@ -15,7 +15,7 @@ from typing import Any
 # What ranks say whose peer is gone: consequences, not causes.
 _CONSEQUENCE = re.compile(
     r"Connection (reset|closed|refused)|closed by peer|Broken pipe|Timed out waiting|"
-    r"DistNetworkError|DistBackendError|remote process exited|ProcessGroupNCCL|Socket closed"
+    r"DistNetworkError|DistBackendError|remote process exited|Socket closed"
 )
 
 

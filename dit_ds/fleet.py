@@ -168,11 +168,11 @@ class Fleet:
 
         What is `asked` goes to all ranks as signals. To stop, they have `save_seconds`.
         """
-        events = self._start(job)
-        running = {link.host.name: len(link.host.slots) for link in self._links}
         limits = job.limits or {}
         silence = limits.get("step", 60.0)
-        self.limit(silence)
+        self.limit(silence)  # before the ranks start, which get it too
+        events = self._start(job)
+        running = {link.host.name: len(link.host.slots) for link in self._links}
         deadline = float("inf")
         while any(running.values()) and not asked.now and time.monotonic() < deadline:
             for link in self._links:
@@ -260,7 +260,8 @@ class Fleet:
         for name, way in ways.items():
             found[name] = {"MASTER_ADDR": address}
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                if variable not in os.environ and variable not in job.environment:
+                chosen = variable in os.environ or variable in job.environment
+                if not chosen and way["interface"] != "lo":  # as of a name that is 127.0.1.1
                     found[name][variable] = way["interface"]
         errors |= errors_
         events += [Event("unable", name, why=error) for name, error in errors.items()]

@@ -178,7 +178,12 @@ def slurm_names(nodes: str) -> list[str]:
 def of_this_machine(slots: int | None, include: str = "") -> list[Host]:
     """This machine alone, with its GPUs; without any, as many ranks as are asked for, or one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    num_gpus = _num_gpus()
+    num_gpus = 0 if visible.strip() == "-1" else _num_gpus()
+    if num_gpus and visible.startswith(("GPU-", "MIG-")):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={visible}: name devices by their numbers, or leave it out and "
+            "choose with --include localhost:0,2"
+        )
     if num_gpus and re.fullmatch(r"\d+(,\d+)*", visible):
         return [Host("localhost", tuple(int(n) for n in visible.split(",")))]
     chosen = [int(n) + 1 for n in re.findall(r"[:,](\d+)", include)]

@@ -92,7 +92,7 @@ def _ancestors() -> Iterator[_Process]:
 
 def _stat(pid: int) -> tuple[int, str]:
     """Parent and time of birth; a process that is gone, but not yet reaped, was never born."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     return int(fields[1]), "" if fields[0] == "Z" else fields[19]
 
 

@@ -71,8 +71,9 @@ class Line:
     def _read(self, reader: IO[bytes]) -> None:
         try:
             for line in reader:
-                if line.startswith(_MARK):
-                    self._heard.put(json.loads(line[len(_MARK) :]))
+                _, mark, message = line.partition(_MARK)  # behind what they left without an end
+                if mark:
+                    self._heard.put(json.loads(message))
         except (OSError, ValueError):
             pass
         self._heard.put(None)

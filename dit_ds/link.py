@@ -15,7 +15,9 @@ from dit_ds.hosts import Host
 from dit_ds.line import Line
 
 _REPOSITORY = Path(__file__).parents[1]
-_SSH = ("-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=5")
+# ssh itself never gives a silent host up: the beats of `line` decide, within the limit of a step.
+_SSH: tuple[str, ...] = ("-T", "-oBatchMode=yes", "-oConnectTimeout=10", "-oServerAliveInterval=15")
+_SSH += ("-oServerAliveCountMax=10000", "-oTCPKeepAlive=no")
 # What a host's environment needs of ours; the rest (PATH, HOME, ...) is its own.
 _PASSED: tuple[str, ...] = (
     "NCCL_",

@@ -51,7 +51,7 @@ def kill_descendants(seconds: float) -> list[str]:
     while True:
         left = [pid for pid in descendants(os.getpid()) if state(pid) not in ("", "Z")]
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # gone, or another user's
                 os.kill(pid, signal.SIGKILL)
         if not left or time.monotonic() > deadline:
             return [_described(pid) for pid in left]
@@ -61,16 +61,22 @@ def kill_descendants(seconds: float) -> list[str]:
 def _stat(pid: int) -> tuple[str, int]:
     """State and parent."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A name in it may be cut in the middle of a character.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return "", 0
-    return fields[0], int(fields[1])
+    return fields[0].decode(), int(fields[1])
 
 
 def _described(pid: int) -> str:
     command = where = ""
     with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+        command = (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")[:80]
+        )
         where = Path(f"/proc/{pid}/wchan").read_text()
     return (
         f"process {pid}, state {state(pid) or 'gone'}{f' in {where}' if where else ''}: {command}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,18 +126,23 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                 return 1
             else:
                 outcome = Outcome(1, "there are no hosts to start on")
+                say(f"FAILED: {outcome.why}")
         cause = outcome.cause
         if outcome.code == 0:
             break
         failures.append(Failure(outcome, saved_step(target.run)))
-        if outcome.code == 2 or asked.stop or len(failures) > options.max_restarts:
+        # What a user did wrong shows at the first attempt; later it is a port that was taken, or
+        # `train.expect_ranks` while a host is away.
+        mistake = outcome.code == 2 and len(failures) == 1
+        if mistake or asked.stop or len(failures) > options.max_restarts:
             code = outcome.code
             break
         if target.run and (verdict := hopeless(failures)):
             say(verdict)
             return 1
         # What still runs on a host that was lost ends by itself within the limit of a step.
-        pause = min(2.0 ** len(failures), 60.0) + limits["step"] * (cause and cause.kind == "lost")
+        lost = cause is not None and cause.kind == "lost"
+        pause = min(2.0 ** len(failures), 60.0) + limits["step"] * lost
         say(f"restart {len(failures)} of {options.max_restarts} in {pause:.0f} s")
         over = time.monotonic() + pause
         while time.monotonic() < over and not asked.stop:
@@ -211,6 +217,8 @@ def hopeless(failures: Sequence[Failure]) -> str:
     steps, saved = {f.outcome.step for f in last}, {f.saved for f in last}
     if len(last) < _SAME_FAILURES or len(saved) > 1 or len(steps) > 1:
         return ""
+    if any(f.outcome.cause is None or f.outcome.cause.kind == "lost" for f in last):
+        return ""  # hosts come back
     places = {f.outcome.cause.host for f in last if f.outcome.cause}
     where = f"always first on {places.pop()}" if len(places) == 1 else "on one host or another"
     return (
@@ -246,6 +254,8 @@ def hold(run: Path, node_rank: int | None) -> object:
         return files.lock(
             run / (".supervisor" if node_rank is None else f".supervisor-{node_rank}")
         )
+    except OSError as e:
+        raise ValueError(f"--run {run} cannot be locked: {e}; choose another storage") from e
     except ValueError as e:
         raise ValueError(
             f"--run {run}: {e}; end that training first (SIGTERM to it), or choose another run "
@@ -255,10 +265,15 @@ def hold(run: Path, node_rank: int | None) -> object:
 
 def new_logs(folder: Path) -> Path:
     """A new folder `attempt-NNNN` in it."""
-    number = max([int(p.name[8:]) for p in folder.glob("attempt-[0-9]*")], default=0) + 1
-    logs = folder / f"attempt-{number:04d}"
-    logs.mkdir(parents=True)
-    return logs
+    found = [re.fullmatch(r"attempt-(\d+)", path.name) for path in folder.glob("attempt-*")]
+    number = max([int(match[1]) for match in found if match], default=0) + 1
+    while True:
+        logs = folder / f"attempt-{number:04d}"
+        try:
+            logs.mkdir(parents=True)
+            return logs
+        except FileExistsError:  # of another machine that is started by hand
+            number += 1
 
 
 def say(message: str) -> None:
@@ -349,6 +364,13 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Target]:
         if getattr(options, name) < (name != "max_restarts"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(options, name)} is too small")
+    if not 0 <= options.master_port < 65536:
+        raise ValueError(f"--master_port {options.master_port}: ports go from 1 to 65535")
+    if options.node_rank is not None and not options.no_ssh:
+        raise ValueError(
+            f"--node_rank {options.node_rank} is this machine's place where each is started by "
+            "hand: add --no_ssh, or leave it out to start all machines from here"
+        )
     if options.no_ssh and not options.master_port:
         options.master_port = 29500  # the same on all machines, and DeepSpeed's own
     return options, target

@@ -183,6 +183,7 @@ def train(
             for last in (lambda: commit(wait=True), lambda: save({}, wait=True)):
                 try:
                     if state.step > saved_step:
+                        beats.beat("save", state.step)
                         last()
                 except distributed.RankError as e:
                     monitor.warn(str(e))

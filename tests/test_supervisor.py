@@ -113,6 +113,59 @@ def test_the_same_failure_again_and_again_ends_it() -> None:
     assert not supervisor.hopeless(same[:2])
 
 
+def test_hosts_that_are_lost_are_waited_for() -> None:
+    nobody = Failure(Outcome(1, "there are no hosts to start on"), 10)
+    lost = Failure(Outcome(1, "why", Event("lost", "n1")), 10)
+    assert not supervisor.hopeless([nobody] * 3) and not supervisor.hopeless([lost] * 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--master_port", "99999"], "--master_port 99999: ports go from 1 to 65535"),
+        (["--node_rank", "1"], "--node_rank 1 is this machine's place"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        supervisor.parse([*words, str(REPO / "tools" / "sample.py")])
+
+
+def test_attempts_are_numbered_on_whatever_lies_beside_them(tmp_path: Path) -> None:
+    for name in ("attempt-0007", "attempt-0009.old", "attempt-8.tar.gz"):
+        (tmp_path / name).mkdir()
+    made = [supervisor.new_logs(tmp_path).name for _ in range(2)]
+    assert made == ["attempt-0008", "attempt-0009"]
+
+
+def test_a_host_that_is_away_at_one_restart_is_back_at_the_next(tmp_path: Path) -> None:
+    (tmp_path / "tool.py").write_text("import sys; sys.exit(1)")
+    (tmp_path / "hosts").write_text("far slots=1\n")
+    calls = tmp_path / "calls"
+    script = f"echo x >> {calls}\n[ $(wc -l < {calls}) = 2 ] && exit 255\n"
+    script += 'exec bash -c "${@: -1}"\n'  # what ssh would have run there
+    (tmp_path / "ssh").write_text("#!/bin/bash\n" + script)
+    (tmp_path / "ssh").chmod(0o755)
+    words = [
+        "--hostfile",
+        str(tmp_path / "hosts"),
+        "--max-restarts",
+        "2",
+        str(tmp_path / "tool.py"),
+    ]
+    done = subprocess.run(
+        ["python", "-m", "dit_ds.supervisor", *words],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "there are no hosts to start on" in done.stdout and "restart 2 of 2" in done.stdout
+    assert done.stdout.count("rank 0 on far ended with exit code 1") == 2
+
+
 def test_a_second_launch_of_a_run_is_refused(tmp_path: Path) -> None:
     held = supervisor.hold(tmp_path / "run", None)
     code = "from pathlib import Path; from dit_ds import supervisor\n"
