@@ -30,8 +30,15 @@ def launch(script: str, *words: str, **more: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=_listen,
         **more,
     )
+
+
+def _listen() -> None:
+    """As in a terminal, also where these tests run in the background or under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def tool(folder: Path, code: str, *words: str) -> tuple[int, str]:
@@ -196,8 +203,7 @@ def test_a_closing_terminal_and_an_early_request_to_save_end_nothing(tmp_path: P
     code += "time.sleep(1)\nprint('saved', flush=True)\n"
     (tmp_path / "tool.py").write_text(code)
     words = ["--num_gpus", "1", str(tmp_path / "tool.py")]
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}  # unlike nohup
-    with launch("run.sh", *words, cwd=tmp_path, **heard) as process:
+    with launch("run.sh", *words, cwd=tmp_path) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("here"):
