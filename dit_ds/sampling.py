@@ -97,8 +97,9 @@ def check_outputs(out: Path, npz: Path | None, *, num: int, image_shape: tuple[i
         path.with_name(path.name + ".tmp").unlink(missing_ok=True)  # of a start that was killed
         free, needed = shutil.disk_usage(path.parent).free, needed + _SPARE_BYTES
         if free < needed:
+            size = high if high == wide else f"{high}x{wide}"
             raise ValueError(
-                f"{path}: {num} images of {high}x{wide} pixels take {needed / 1e9:.2f} GB, and "
+                f"{path}: {num} images of {size} pixels take {needed / 1e9:.2f} GB, and "
                 f"{path.parent} has {free / 1e9:.2f} GB; make room, or ask for fewer"
             )
 
