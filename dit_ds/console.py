@@ -26,7 +26,7 @@ def show(text: str) -> None:
     global _put
     if _begun.acquire(blocking=False):
         threading.Thread(target=_write, daemon=True).start()
-        atexit.register(_finish)
+        atexit.register(flush)
     if _put - _written < _MOST_WAITING:
         _put += len(text)
         _told.put(text)
@@ -45,7 +45,8 @@ def _write() -> None:
         _written += len(text)
 
 
-def _finish() -> None:
+def flush() -> None:
+    """Wait until all is printed, but no longer than a reader may be waited for."""
     over = time.monotonic() + _LAST_SECONDS
     while _written < _put and time.monotonic() < over:
         time.sleep(0.01)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_ds import supervisor
+from dit_ds import console, supervisor
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[1-2]"}
 JOB |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
@@ -48,7 +48,7 @@ def test_ranks_of_srun_find_each_other(tmp_path: Path) -> None:
 
 
 def test_a_stopped_job_queues_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stand_in(tmp_path, "scontrol", 'echo "$@" >> $(dirname $0)/asked; [[ $2 == 4711 ]]')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -57,4 +57,5 @@ def test_a_stopped_job_queues_again(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     supervisor.requeue()
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    assert "Slurm job 4711 is queued again" in capsys.readouterr().out
+    console.flush()
+    assert "Slurm job 4711 is queued again" in capfd.readouterr().out
