@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit_ds import draws
-from dit_ds.objectives import Model, Schedule, split_output
+from dit_ds.batch import Model
+from dit_ds.ddpm import split_output
+from dit_ds.schedule import Schedule
 
 Predict = Callable[[Tensor, int, Tensor], Tensor]  # (x, timestep, y) -> the model's output
 

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from dit_ds import distributed, draws, files, latents
+from dit_ds.batch import Model
 from dit_ds.export import Description
 from dit_ds.heartbeat import Heartbeat
-from dit_ds.objectives import Model
 from dit_ds.progress import Progress
 from dit_ds.samplers import SamplerSettings, sample
 

@@ -25,7 +25,11 @@ HOUSE: dict[str, set[str]] = {
     "layers": set(),
     "models": {"layers"},
     "flops": {"layers", "models"},
-    "objectives": set(),
+    "batch": set(),
+    "schedule": set(),
+    "ddpm": {"batch", "schedule"},
+    "flow": {"batch"},
+    "objectives": {"ddpm", "flow", "settings"},
     "profiles": set(),
     "optim": {"profiles", "settings"},
     "latents": set(),
@@ -53,7 +57,7 @@ HOUSE: dict[str, set[str]] = {
     "heartbeat": {"distributed"},
     "extract": {"distributed", "files", "labels", "latents", "manifest", "sources", "units"}
     | {"plan", "records", "pipeline", "progress", "heartbeat"},
-    "samplers": {"objectives", "draws"},
+    "samplers": {"batch", "ddpm", "draws", "schedule"},
     "zero": set(),
     "muon": {"distributed", "optim", "settings", "zero"},
     "checkpoint_index": set(),
@@ -72,10 +76,10 @@ HOUSE: dict[str, set[str]] = {
     },
     "export": {
         *("models", "archive", "checkpoint_index", "distributed", "files", "manifest", "posthoc"),
-        "restore",
+        *("restore", "settings"),
     },
     "sampling": {
-        *("distributed", "draws", "export", "files", "heartbeat", "latents", "objectives"),
+        *("distributed", "draws", "export", "files", "heartbeat", "latents", "batch"),
         *("progress", "samplers"),
     },
     "rundir": {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_ds.models import DiT
-from dit_ds.objectives import Schedule
 from dit_ds.samplers import SamplerSettings, denoise, guide, sample
+from dit_ds.schedule import Schedule
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dit_tiny.npz")
 PUBLISHED = SamplerSettings(cfg_scale=4.0, cfg_channels=3)

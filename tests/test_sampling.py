@@ -21,6 +21,7 @@ from PIL import Image
 
 from dit_ds import draws, export, latents, sampling
 from dit_ds.models import DiT
+from dit_ds.settings import Objective
 from tests import runs
 from tests.conftest import FP32, REPO, kill_ranks, run_ranks
 
@@ -53,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         torch.nn.init.normal_(parameter, std=0.1)
     about = export.Description(
         model=sizes, latent_shape=(4, SIZE, SIZE), scaling_factor=0.5, shift_factor=0.0,
-        image_size=SIZE, class_names=[str(i) for i in range(30)], num_timesteps=1000, step=7,
+        image_size=SIZE, class_names=[str(i) for i in range(30)], objective=Objective(), step=7,
         vae=str(folder / "vae"), vae_sha256=latents.vae_hash(latents.load_vae(folder / "vae")),
         dataset="tests", images_seen=84,
     )  # fmt: skip

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_ds.ddpm import DDPM
 from dit_ds.models import DiT
-from dit_ds.objectives import DDPM, Schedule
+from dit_ds.schedule import Schedule
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dit_tiny.npz")
 
