@@ -413,7 +413,7 @@ def about(name: str, value: Any) -> Callable[[Tree], Any]:
         (about("class_names", []), "not of 0 classes"),
         (about("objective.num_timesteps", 10**12), "num_timesteps"),
         (about("objective.name", "gan"), "objective.name"),
-        (about("objective.name", "flow"), "flow matching does not learn"),
+        (about("objective", {"name": "flow"}), "flow matching does not learn"),
         (about("scaling_factor", math.nan), "scaling_factor"),
         (about("vae", ["a"]), "'vae'"),
     ],

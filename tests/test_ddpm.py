@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_ds.ddpm import DDPM
 from dit_ds.models import DiT
 from dit_ds.schedule import Schedule
+from tests.gaussian import Draws, Gaussian, draws
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dit_tiny.npz")
 
@@ -34,14 +35,6 @@ def golden_losses(model: Any) -> dict[str, Tensor]:
     x_start, noise = golden("loss/x_start"), golden("loss/noise")
     objective = DDPM(num_classes=10)
     return objective.training_losses(model, x_start, golden("loss/t"), golden("loss/y"), noise)
-
-
-@dataclass
-class Draws:
-    y: Tensor
-    time: Tensor
-    drop: Tensor
-    noise: Tensor
 
 
 @pytest.mark.parametrize("name", ["betas", "alphas_cumprod", "posterior_log_variance_clipped"])
@@ -191,3 +184,91 @@ def test_a_model_without_variance_is_refused_where_one_is_learned() -> None:
 def test_respacing_beyond_the_schedule_is_refused(num_steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps={num_steps} must be from 1 to 1000"):
         Schedule.linear().respaced(num_steps)
+
+
+# --- the variants ------------------------------------------------------------------------------
+
+
+def test_the_cosine_schedule_is_a_squared_cosine() -> None:
+    q = Schedule.cosine()
+    t = (np.arange(1, 1001) / 1000 + 0.008) / 1.008
+    expected = np.cos(t * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    assert q.betas.max() == pytest.approx(0.999) and (q.betas[:-1] < 0.999).all()
+    np.testing.assert_allclose(q.alphas_cumprod[:-1], expected[:-1], rtol=1e-9)
+    with pytest.raises(ValueError, match="num_timesteps=1 must be at least 2"):
+        Schedule.cosine(1)
+
+
+def test_velocity_and_noise_say_the_same() -> None:
+    q, batch = Schedule.linear(), draws(1000)
+    t, x_start = torch.arange(1000), Gaussian(0.7, 0.4).sample(batch)
+    x_t = q.q_sample(x_start, t, batch.noise)
+    v = q.velocity(x_start, t, batch.noise)
+    torch.testing.assert_close(q.eps_of_velocity(x_t, t, v), batch.noise, rtol=1e-5, atol=1e-5)
+
+
+def optimal(data: Gaussian, objective: DDPM) -> Any:
+    """The best model of Gaussian data, with variances that are as the posterior's."""
+    q = objective.schedule
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        signal, noise = (
+            torch.from_numpy(table)[t].view(-1, 1, 1, 1)
+            for table in (q.sqrt_alphas_cumprod, q.sqrt_one_minus_alphas_cumprod)
+        )
+        prediction = eps = data.eps(x, signal, noise)
+        if objective.prediction == "v":
+            prediction = signal * eps - noise * data.x_start(x, signal, noise)
+        out = [prediction, -torch.ones_like(x)] if objective.learn_sigma else [prediction]
+        return torch.cat(out, dim=1).float()
+
+    return model
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_optimal_prediction_of_gaussian_data_has_the_known_loss(
+    schedule: Any, prediction: Any, gamma: float | None
+) -> None:
+    data, batch = Gaussian(mean=0.7, std=0.4), draws(4000)
+    objective = DDPM(
+        10, learn_sigma=False, schedule=schedule, prediction=prediction, min_snr_gamma=gamma
+    )
+    losses = objective.loss(optimal(data, objective), data.sample(batch), batch)
+    a = torch.from_numpy(objective.schedule.alphas_cumprod)[losses["t"]]
+    expected = data.std**2 / (a * data.std**2 + 1 - a) * (a if prediction == "eps" else 1)
+    mse = losses["mse"].double() / expected
+    assert abs(mse.mean() - 1) < 4 * math.sqrt(2 / 64 / 4000)
+    assert mse.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)
+    snr = a / (1 - a)
+    weight = torch.ones_like(a)
+    if gamma is not None:
+        weight = snr.clamp(max=gamma) / (snr if prediction == "eps" else snr + 1)
+    torch.testing.assert_close(losses["loss"].double(), losses["mse"] * weight, rtol=1e-5, atol=0)
+
+
+def test_min_snr_weighs_the_same_error_alike_in_noise_and_velocity() -> None:
+    """An error of x_0 is one of eps and of v: the weighted loss is min(SNR, gamma) times it."""
+    batch = draws(500)
+    x_start = Gaussian(0.7, 0.4).sample(batch)
+    found = []
+    for prediction in ("eps", "v"):
+        objective = DDPM(10, prediction=prediction, min_snr_gamma=5.0)
+        q = objective.schedule
+
+        def model(
+            x: Tensor, t: Tensor, y: Tensor, q: Schedule = q, prediction: str = prediction
+        ) -> Tensor:
+            wrong = x_start + 0.1
+            signal = q.at("sqrt_alphas_cumprod", t)
+            eps = (x - signal * wrong) / q.at("sqrt_one_minus_alphas_cumprod", t)
+            out = eps if prediction == "eps" else q.velocity(wrong, t, eps)
+            return torch.cat([out, torch.zeros_like(x)], dim=1)
+
+        losses = objective.loss(model, x_start, batch)
+        snr = q.alphas_cumprod[losses["t"]] / (1 - q.alphas_cumprod[losses["t"]])
+        expected = 0.01 * np.minimum(snr, 5.0)
+        np.testing.assert_allclose((losses["loss"] - losses["vb"])[30:], expected[30:], rtol=1e-3)
+        found.append(losses["vb"])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
