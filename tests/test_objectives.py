@@ -16,7 +16,7 @@ from dit_ds.ddpm import DDPM
 from dit_ds.flow import FlowMatching
 from dit_ds.settings import Config
 from tests import runs
-from tests.conftest import FP32, run_ranks
+from tests.conftest import run_ranks
 from tests.gaussian import Gaussian, draws
 
 
@@ -133,14 +133,11 @@ def test_flow_matching_trains_alike_on_all_worlds_and_resumes(
 ) -> None:
     curves = []
     for stage, world in ((0, 1), (2, 2), (3, 3)):
-        ds_config = runs.write_json(
-            tmp_path / "ds.json", FP32 | {"zero_optimization": {"stage": stage}}
-        )
+        ds_config = runs.write_json(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
         tiny["run"] = tmp_path / f"{stage}-{world}"
         for steps in (3, 6):
-            run_ranks(
-                world, runs.train, *runs.arguments(tiny, ds_config, *FLOW, f"train.steps={steps}")
-            )
+            words = (*FLOW, f"train.steps={steps}")
+            run_ranks(world, runs.train, *runs.arguments(tiny, ds_config, *words))
         curves.append(runs.losses(tiny["run"]))
         assert all("vb" not in line for line in runs.metrics(tiny["run"]))
     assert len(curves[0]) == 6 and math.isfinite(sum(curves[0]))
