@@ -64,8 +64,8 @@ def load(path: str | Path) -> dict[str, Any]:
         )
     if tree.get("fp16", {}).get("auto_cast"):
         raise ConfigError(
-            f"--deepspeed_config {path}: fp16.auto_cast=true would round the times of flow matching "
-            "to 11 bits, and the model casts its latents itself; remove it"
+            f"--deepspeed_config {path}: fp16.auto_cast=true would round the times of flow "
+            "matching to 11 bits, and the model casts its latents itself; remove it"
         )
     half = [k for k in ("bf16", "fp16") if tree.get(k, {}).get("enabled")]
     if half and zero.get("stage", 0) == 0:
