@@ -57,7 +57,13 @@ HOUSE: dict[str, set[str]] = {
     "heartbeat": {"distributed"},
     "extract": {"distributed", "files", "labels", "latents", "manifest", "sources", "units"}
     | {"plan", "records", "pipeline", "progress", "heartbeat"},
-    "samplers": {"batch", "ddpm", "draws", "schedule"},
+    "ddpm_samplers": {"batch", "ddpm", "schedule"},
+    "flow_samplers": {"batch", "flow"},
+    "dpm_solver": {"batch", "ddpm", "ddpm_samplers", "flow", "flow_samplers"},
+    "samplers": {
+        *("batch", "ddpm", "ddpm_samplers", "dpm_solver", "draws", "flow", "flow_samplers"),
+        *("objectives", "schedule"),
+    },
     "zero": set(),
     "muon": {"distributed", "optim", "settings", "zero"},
     "checkpoint_index": set(),
