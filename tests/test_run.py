@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dit_ds import config, export, latents, optim, zero_config
+from dit_ds import config, export, latents, optim, sampling, zero_config
 from dit_ds.manifest import Manifest
 from dit_ds.settings import Optimizer
 from tests import runs
@@ -99,10 +99,10 @@ def test_previews_show_the_average_and_leave_the_weights_alone(
     settings = SamplerSettings(sampler="ddim", steps=2, cfg_scale=4.0, seed=0)
     z = sample(
         weights.build(),
+        sampling.objective_of(weights.about),
         settings,
         classes=torch.arange(3),
         latent_shape=manifest.latent_shape,
-        num_classes=3,
     )
     space = latents.LatentSpace(manifest.scaling_factor)
     images = latents.decode(latents.load_vae(str(vae)), z, space)
