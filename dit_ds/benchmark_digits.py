@@ -40,7 +40,7 @@ from dit_ds.sampling import objective_of
 BATCH = 32
 STEPS = {"published": 2000, "modern": 1000}
 """The quickstart's, with half its batch; and half of them."""
-STEPS_OF_OPTIMIZERS = 1000
+STEPS_OF_OPTIMIZERS = 2000
 PER_CLASS = 90
 """Images of a score: 900."""
 SCORED_BY = SamplerSettings(sampler="dpm++", steps=20, batch_size=300)
