@@ -108,7 +108,7 @@ def load(folder: Path, unsaid: Unsaid) -> Weights:
     else:
         about, found = _stranger(folder, state, unsaid)
     weights = Weights({name: tensor.float() for name, tensor in found.items()}, about)
-    weights.check(str(folder))
+    layouts.check(weights, str(folder))
     return weights
 
 

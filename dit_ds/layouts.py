@@ -7,19 +7,23 @@ timestep MLP and the label table in every block, and its pipeline takes row 1000
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dit_ds.export import Description, Sizes
-from dit_ds.models import DIT_MODELS
+from dit_ds import export, files
+from dit_ds.export import Description, Sizes, Weights
+from dit_ds.models import DIT_MODELS, DiT
 from dit_ds.settings import Objective
 
 NULL_ROW = 1000
 """Of the label table, in `diffusers.DiTPipeline`."""
 
 State = dict[str, Tensor]
+
+_MOST_ROWS = 40  # of a table of tensors
 
 _EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
@@ -150,6 +154,40 @@ def describe(
         step=0,
         images_seen=0,
     )
+
+
+def misfit(expected: export.Shapes, found: export.Shapes) -> str:
+    """A table of the tensors that are missing, unexpected or misshapen; empty if all fit."""
+    rows = [f"missing     {n:<50} {s}" for n, s in expected.items() if n not in found]
+    rows += [f"unexpected  {n!s:<50.200} {s}" for n, s in found.items() if n not in expected]
+    rows += [
+        f"misshapen   {n:<50} {s}, expected {expected[n]}"
+        for n, s in found.items()
+        if n in expected and s != expected[n]
+    ]
+    if len(rows) > _MOST_ROWS:
+        rows[_MOST_ROWS:] = [f"and {len(rows) - _MOST_ROWS} more"]
+    return "\n".join("  " + files.printable(row) for row in rows)
+
+
+def check(weights: Weights, source: str) -> None:
+    """Raise ValueError that names `source` and all tensors that are not those of the model."""
+    try:
+        weights.check(source)
+    except ValueError as e:
+        found = {name: list(tensor.shape) for name, tensor in weights.state.items()}
+        sizes = weights.about.model
+        # A description may claim anything: one that takes time and memory to build is told alone.
+        tokens = math.prod(side // sizes.patch_size for side in sizes.latent_size)
+        if sizes.depth > len(found) or found.get("pos_embed") != [1, tokens, sizes.hidden_size]:
+            raise
+        try:
+            with torch.device("meta"):
+                model = DiT(**sizes.model_dump())
+        except (ValueError, RuntimeError, ArithmeticError):
+            raise e from None
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        raise ValueError(f"{e}\n{misfit(expected, found)}") from e
 
 
 def num_heads_of(hidden_size: int, depth: int) -> int | None:

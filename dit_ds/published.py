@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dit_ds import export, files, layouts
-from dit_ds.export import Weights
+from dit_ds.export import Description, Weights
 from dit_ds.layouts import State, Unsaid
 
 SUFFIXES = (".pt", ".pth")
@@ -29,17 +29,22 @@ def load(path: Path, unsaid: Unsaid) -> Weights:
     Raises:
         ValueError: no such file, one that holds more than tensors, or not the tensors of a DiT.
     """
-    state, beside = tensors(path), path.with_suffix(".json")
-    if beside.is_file():
-        try:
-            about = export.describe(json.loads(beside.read_bytes()), str(beside))
-        except (OSError, ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: damaged, or not of tools/export.py ({e!s:.300})") from e
-    else:
-        about = layouts.describe(state, unsaid, str(path))
+    state = tensors(path)
+    about = description(path) or layouts.describe(state, unsaid, str(path))
     weights = Weights(state, about)
-    weights.check(str(path))
+    layouts.check(weights, str(path))
     return weights
+
+
+def description(path: Path) -> Description | None:
+    """What FILE.json beside such a file says of it; None if there is none."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        return None
+    try:
+        return export.describe(json.loads(beside.read_bytes()), str(beside))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: damaged, or not of tools/export.py ({e!s:.300})") from e
 
 
 def tensors(path: Path) -> State:

@@ -78,7 +78,7 @@ HOUSE: dict[str, set[str]] = {
         *("models", "archive", "checkpoint_index", "distributed", "files", "manifest", "posthoc"),
         *("restore", "settings"),
     },
-    "layouts": {"export", "models", "settings"},
+    "layouts": {"export", "files", "models", "settings"},
     "published": {"export", "files", "layouts"},
     "diffusers_model": set(),
     "card": {"export", "models"},
@@ -86,6 +86,10 @@ HOUSE: dict[str, set[str]] = {
         *("card", "diffusers_model", "export", "files", "latents", "layouts", "models"),
     },
     "exchange": {"diffusers_folder", "distributed", "export", "layouts", "published"},
+    "warmstart": {
+        *("distributed", "exchange", "export", "layouts", "models", "published", "settings"),
+        "zero",
+    },
     "sampling": {
         *("distributed", "draws", "export", "files", "heartbeat", "latents", "batch"),
         *("progress", "samplers"),
@@ -119,6 +123,7 @@ HOUSE["train"] = {
         "zero",
     ),
     "zero_config",
+    "warmstart",
 }
 HOUSE["train"] -= {"sources", "units", "plan", "records", "pipeline", "progress", "heartbeat"}
 HOUSE["benchmark"] = {
