@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, t, y) to its output; t: (N,)."""
+Predict = Callable[[Tensor, float, Tensor], Tensor]
+"""The same for samplers, with one timestep for all of the batch: a whole number for DDPM."""
 
 
 class Batch(Protocol):

@@ -103,11 +103,6 @@ class Description(Strict):
         return image_shape(self.image_size, self.latent_shape)
 
     @property
-    def num_timesteps(self) -> int:
-        """Timesteps of the objective."""
-        return self.objective.num_timesteps
-
-    @property
     def num_classes(self) -> int:
         """Number of classes; the null class is the one after the last."""
         return len(self.class_names)

@@ -95,9 +95,9 @@ class FlowMatching:
         each (N,) float32 whatever the model's dtype.
         """
         x_t, t, y = self._inputs(x_start, batch)
-        velocity = _velocity(model(x_t, t, y), x_t)
+        v = velocity(model(x_t, t, y), x_t)
         target = batch.noise - x_start
-        mse = sample_mean(F.mse_loss(velocity, target, reduction="none"))
+        mse = sample_mean(F.mse_loss(v, target, reduction="none"))
         return {"loss": mse, "mse": mse, "t": t}
 
     def probe(self, model: Model, x_start: Tensor, batch: Batch, normals: Tensor) -> Tensor:
@@ -106,10 +106,11 @@ class FlowMatching:
         As `ddpm.DDPM.probe`, of which this is the part of the prediction.
         """
         x_t, t, y = self._inputs(x_start, batch)
-        return (_velocity(model(x_t, t, y), x_t) * normals).flatten(1).sum(1)
+        return (velocity(model(x_t, t, y), x_t) * normals).flatten(1).sum(1)
 
 
-def _velocity(out: Tensor, x_t: Tensor) -> Tensor:
+def velocity(out: Tensor, x_t: Tensor) -> Tensor:
+    """The model's output as float32; ValueError if it has not the channels of x_t."""
     if out.shape != x_t.shape:
         raise ValueError(
             f"flow matching needs a model that returns {x_t.shape[1]} channels, this one returns "

@@ -270,6 +270,10 @@ class Train(Section):
     """The one with the least of this metric stays too."""
 
 
+Sampler = Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"]
+"""The first two are of the objective ddpm, the last three of flow; dpm++ is of both."""
+
+
 class Preview(Section):
     """Sample grids during training, from the averaged weights and the same noise every time."""
 
@@ -281,7 +285,8 @@ class Preview(Section):
     per_class: Positive = 4
     cfg_scale: Annotated[float, Field(ge=0)] = 4.0
     steps: Positive = 50
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Sampler | None = None
+    """ddim unless set, or euler where the objective is flow."""
 
 
 class Validation(Section):

@@ -109,7 +109,7 @@ def train(
             learn_sigma=cfg.model.learn_sigma,
             latent_shape=manifest.latent_shape,
         )
-        preview = Preview(cfg, manifest)
+        preview = Preview(cfg, manifest, objective)
         validation = None
         if cfg.validation.path:
             other = remote.open_store(cfg.validation.path, cfg.data.cache, cfg.data.cache_gb)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_ds.batch import Model
+from dit_ds.ddpm import DDPM
+from dit_ds.objectives import Objective
+
 SHAPE = (1, 8, 8)
 
 
@@ -57,3 +61,18 @@ class Gaussian:
     def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[eps - x_0 | x_t] where x_t = (1 - t) x_0 + t eps."""
         return self.eps(x_t, 1 - t, t) - self.x_start(x_t, 1 - t, t)
+
+    def model(self, objective: Objective) -> Model:
+        """What a model without a learned variance should predict under the objective."""
+
+        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if not isinstance(objective, DDPM):
+                return self.velocity(x, (t / objective.num_timesteps).view(-1, 1, 1, 1))
+            alpha_cumprod = torch.from_numpy(objective.schedule.alphas_cumprod)[t].view(-1, 1, 1, 1)
+            signal, noise = alpha_cumprod.sqrt(), (1 - alpha_cumprod).sqrt()
+            eps = self.eps(x.double(), signal, noise)
+            if objective.prediction == "v":
+                eps = signal * eps - noise * self.x_start(x.double(), signal, noise)
+            return eps.float()
+
+        return predict

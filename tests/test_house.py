@@ -57,7 +57,13 @@ HOUSE: dict[str, set[str]] = {
     "heartbeat": {"distributed"},
     "extract": {"distributed", "files", "labels", "latents", "manifest", "sources", "units"}
     | {"plan", "records", "pipeline", "progress", "heartbeat"},
-    "samplers": {"batch", "ddpm", "draws", "schedule"},
+    "ddpm_samplers": {"batch", "ddpm", "schedule"},
+    "flow_samplers": {"batch", "flow"},
+    "dpm_solver": {"batch", "ddpm", "ddpm_samplers", "flow", "flow_samplers"},
+    "samplers": {
+        *("batch", "ddpm", "ddpm_samplers", "dpm_solver", "draws", "flow_samplers", "objectives"),
+        "settings",
+    },
     "zero": set(),
     "muon": {"distributed", "optim", "settings", "zero"},
     "checkpoint_index": set(),
@@ -92,14 +98,17 @@ HOUSE: dict[str, set[str]] = {
     },
     "sampling": {
         *("distributed", "draws", "export", "files", "heartbeat", "latents", "batch"),
-        *("progress", "samplers"),
+        *("objectives", "progress", "samplers"),
     },
     "rundir": {
         *("archive", "config", "distributed", "files", "manifest", "models", "order"),
         *("settings", "zero_config"),
     },
     "launched": {"distributed"},
-    "preview": {"settings", "distributed", "latents", "samplers", "manifest", "zero"},
+    "preview": {
+        *("ddpm", "settings", "distributed", "latents", "samplers", "manifest", "objectives"),
+        "zero",
+    },
     "validation": {"beats", "settings", "distributed", "manifest", "samples", "zero"},
     "monitor": {"settings", "distributed", "files", "latents", "loader", "samples"},
     "digits": {"files"},

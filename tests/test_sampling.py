@@ -111,6 +111,28 @@ def test_any_number_of_ranks_writes_the_same_bytes(
         assert labels.tolist() == [0, 0, 0, 1, 1, 1, 29, 29, 29]
 
 
+@pytest.mark.parametrize("sampler", ["euler", "sde", "dpm++"])
+def test_flows_are_sampled_alike_on_any_number_of_ranks(
+    source: list[str], tmp_path: Path, sampler: str
+) -> None:
+    trained = export.load(Path(source[1]))
+    sizes = trained.about.model.model_copy(update={"learn_sigma": False})
+    torch.manual_seed(0)
+    model = DiT(**sizes.model_dump())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    about = trained.about.model_copy(update={"model": sizes, "objective": Objective(name="flow")})
+    export.save(export.Weights(model.state_dict(), about), tmp_path / "flow.safetensors")
+    options = [] if sampler == "euler" else ["--sampler", sampler]  # it is the default
+    files = []
+    for world in (1, 2):
+        arguments = ["--weights", str(tmp_path / "flow.safetensors"), "--steps", "3", *options]
+        arguments += ["--num-images", "6", "--batch-size", "4", *outputs(tmp_path)]
+        assert f"{sampler} 3 steps" in run_ranks(world, told_by, *arguments)[0]
+        files.append((tmp_path / "x.npz").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_batch_size_changes_no_more_than_rounding(source: list[str], tmp_path: Path) -> None:
     for batch in ("2", "9"):
         arguments = [*source, "--num-images", "9", "--batch-size", batch]
@@ -273,6 +295,8 @@ def test_idle_ranks_are_told_of(source: list[str], tmp_path: Path) -> None:
         (["--classes", "a"], "expected numbers and ranges"),
         (["--classes", "9-2,3"], "--classes 9-2,3: 9-2 is empty; write 2-9"),
         (["--steps", "0"], "steps=0"),
+        (["--sampler", "heun"], "sampler=heun has no meaning for a model of objective.name=ddpm"),
+        (["--eta", "0.5"], "choose sampler=ddim"),
         (["--per-class", "0"], "--per-class 0"),
         (["--num-images", "0", "--npz", "x.npz"], "--num-images 0"),
         (["--num-images", "9"], "give --npz FILE for all of them"),
