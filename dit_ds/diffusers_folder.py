@@ -52,9 +52,9 @@ def save(
     """
     about = weights.about
     layouts.check_expressed(about, folder, diffusers=True)
-    if num_steps is not None and not 1 <= num_steps <= about.num_timesteps:
+    if num_steps is not None and not 1 <= num_steps <= about.objective.num_timesteps:
         raise ValueError(
-            f"--stock-steps {num_steps} must be 1 to {about.num_timesteps}, the steps of training"
+            f"--stock-steps {num_steps} must be 1 to {about.objective.num_timesteps}, the steps of training"
         )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out {folder}: it is there already; name a new folder")
@@ -176,9 +176,9 @@ def _scheduler(about: Description) -> Any:
     """DDIM of diffusers on the published schedule, whose betas go with the number of timesteps."""
     from diffusers import DDIMScheduler
 
-    scale = 1000 / about.num_timesteps
+    scale = 1000 / about.objective.num_timesteps
     return DDIMScheduler(
-        num_train_timesteps=about.num_timesteps,
+        num_train_timesteps=about.objective.num_timesteps,
         beta_start=scale * 1e-4,
         beta_end=scale * 0.02,
         beta_schedule="linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 
 from dit_ds import config, distributed, exchange, export, layouts, warmstart
 from dit_ds.export import Description, Sizes, Weights
-from dit_ds.models import DiT, initial_value, sincos_pos_embed
+from dit_ds.models import DIT_MODELS, DiT, initial_value, sincos_pos_embed
 from dit_ds.settings import Config, Objective
 from tests import runs
-from tests.conftest import run_ranks
+from tests.conftest import REPO, run_ranks
 
 TABLE = "y_embedder.embedding_table.weight"
 SIZES: dict[str, Any] = dict(
@@ -288,3 +289,22 @@ def test_the_setting_is_one_of_the_recipe(tmp_path: Path, tiny: dict[str, Any]) 
     old = config.load(str(tiny["recipe"])).model_dump(mode="json")
     old.pop("init")  # of a run made before there was this setting
     assert config.parse(old, "old") == Config.model_validate(old)
+
+
+def test_the_readme_fine_tunes_the_published_model() -> None:
+    [line] = re.findall(
+        r"^launch/train.sh .*init\.from=.*$", (REPO / "README.md").read_text(), re.M
+    )
+    recipe = re.findall(r"--config (\S+)", line)[0]
+    cfg = config.load(recipe, [w for w in line.split() if re.match(r"[a-z_.]+=", w)])
+    assert cfg.init.from_.endswith("DiT-XL-2-256x256.pt") and cfg.model.name is not None
+    sizes = dict(SIZES, **DIT_MODELS[cfg.model.name], input_size=32, num_classes=1000)
+    with torch.device("meta"):
+        published = DiT(**sizes)
+    # As large as the published model's, in no memory.
+    given = {k: torch.zeros(1).expand(v.shape) for k, v in published.state_dict().items()}
+    given["pos_embed"] = torch.from_numpy(sincos_pos_embed(1152, 16)).unsqueeze(0)
+    target = describe([str(i) for i in range(10)], **sizes | {"num_classes": 10})
+    start = warmstart.fit(given, None, target, seed=0, source="x")
+    assert "(1001, 1152) -> (11, 1152): null row kept, 0 rows of classes taken" in start.told
+    assert f"{len(given) - 2} tensors taken, 1 resized, 0 fresh" in start.told
