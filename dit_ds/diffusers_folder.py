@@ -52,10 +52,9 @@ def save(
     """
     about = weights.about
     layouts.check_expressed(about, folder, diffusers=True)
-    if num_steps is not None and not 1 <= num_steps <= about.objective.num_timesteps:
-        raise ValueError(
-            f"--stock-steps {num_steps} must be 1 to {about.objective.num_timesteps}, the steps of training"
-        )
+    most = about.objective.num_timesteps
+    if num_steps is not None and not 1 <= num_steps <= most:
+        raise ValueError(f"--stock-steps {num_steps} must be 1 to {most}, the steps of training")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out {folder}: it is there already; name a new folder")
     decoder, scheduler = latents.load_vae(vae or about.vae), _scheduler(about)

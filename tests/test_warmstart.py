@@ -268,6 +268,7 @@ def test_runs_start_from_runs(tiny: dict[str, Any], tmp_path: Path) -> None:
     ds = runs.write_json(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     run_ranks(1, runs.train, *runs.arguments(tiny, ds, "train.steps=3"))
     average = export.from_run(tiny["run"])
+    assert average.about.ema_decay == 0.99 and average.about.metrics == {}
     start = warmstart.read(
         str(tiny["run"]), average.about.model_dump(exclude={"step", "images_seen"}), seed=0
     )
@@ -292,9 +293,8 @@ def test_the_setting_is_one_of_the_recipe(tmp_path: Path, tiny: dict[str, Any]) 
 
 
 def test_the_readme_fine_tunes_the_published_model() -> None:
-    [line] = re.findall(
-        r"^launch/train.sh .*init\.from=.*$", (REPO / "README.md").read_text(), re.M
-    )
+    text = (REPO / "README.md").read_text()
+    [line] = re.findall(r"^launch/train.sh .*init\.from=.*$", text, re.MULTILINE)
     recipe = re.findall(r"--config (\S+)", line)[0]
     cfg = config.load(recipe, [w for w in line.split() if re.match(r"[a-z_.]+=", w)])
     assert cfg.init.from_.endswith("DiT-XL-2-256x256.pt") and cfg.model.name is not None

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,17 @@ def test_a_file_with_other_tensors_than_it_says_is_refused(tmp_path: Path) -> No
     exchange.write(first, tmp_path / "x.pt")
     published.save(weights(num_classes=4), tmp_path / "y.pt")
     (tmp_path / "x.json").write_bytes((tmp_path / "y.json").read_bytes())
-    with pytest.raises(ValueError, match="x.pt: the weights do not fit their description"):
+    with pytest.raises(ValueError, match="x.pt: the weights do not fit their description") as error:
         exchange.read(tmp_path / "x.pt", NOTHING)
+    [row] = str(error.value).splitlines()[1:]
+    assert re.fullmatch(r"  misshapen +y_embedder\S+ +\[4, 48\], expected \[5, 48\]", row)
+    (tmp_path / "x.json").unlink()
+    state = {k: v for k, v in first.state.items() if k != "blocks.1.attn.proj.bias"}
+    torch.save(state | {"extra": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="do not fit") as error:
+        exchange.read(tmp_path / "x.pt", Unsaid(num_heads=3))
+    rows = [line.split()[:2] for line in str(error.value).splitlines()[1:]]
+    assert rows == [["missing", "blocks.1.attn.proj.bias"], ["unexpected", "extra"]]
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="x.pt: damaged"):
         exchange.read(tmp_path / "x.pt", NOTHING)
