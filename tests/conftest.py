@@ -36,9 +36,15 @@ _forkserver.set_forkserver_preload(
         # What DeepSpeed and torch's optimizers would import at their first use, for seconds.
         "torch._dynamo",
         "torch._inductor.compile_fx",
+        "torch._subclasses.schema_check_mode",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.module_inject.auto_ep_layer",
+        "numpy.ma",
+        "numpy.ctypeslib",
         "diffusers",
         "tests.conftest",
+        "tests.warm",
     ]
 )
 
