@@ -80,12 +80,8 @@ def cost(
     once_condition = [(256, D), (D, D), (D, 2 * D)]
     attention = 2 * tokens**2 * D  # queries with keys, weights with values
     gains = 2 * (D // num_heads) * qk_norm
-    # Bytes of a value, and of one in a norm.
     size = dtype.itemsize
-    wide_size = 4 if fp32_norms else size
-    statistics = 4 * tokens * {"layer": 2, "rms": 1}[norm]
-    # Its input, which is the residual stream; normalised; scaled and shifted; 1 + scale.
-    one_norm = tokens * D * (2 * wide_size + size) + statistics + D * wide_size
+    one_norm = _norm_bytes(tokens, D, norm=norm, size=size, inner_size=4 if fp32_norms else size)
     one_attention = tokens * (5 * D * size + 4 * num_heads)  # queries, keys, values, output; proj's
     if qk_norm or rope:  # other queries and keys, and the output in their layout and in proj's
         one_attention += tokens * 3 * D * size
@@ -116,6 +112,12 @@ def cost(
         + one_norm
         + D * size,  # of the final layer
     )
+
+
+def _norm_bytes(tokens: int, D: int, *, norm: str, size: int, inner_size: int) -> int:
+    """Its input, which is the residual stream; normalised; scaled and shifted; 1 + scale."""
+    statistics = 4 * tokens * {"layer": 2, "rms": 1}[norm]
+    return tokens * D * (2 * inner_size + size) + statistics + D * inner_size
 
 
 def _products(layers: list[tuple[int, int]]) -> int:
