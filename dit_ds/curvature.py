@@ -28,7 +28,7 @@ class Curvature:
     """Estimates for the Sophia-G of an engine, every `every` steps.
 
     seed: of the run. probe(model, micro-batch, normals): what to differentiate, (N,), as
-    `objectives.DDPM.probe` describes it. channels: of the model's output.
+    `ddpm.DDPM.probe` describes it. channels: of the model's output.
     """
 
     def __init__(self, engine: Any, *, every: int, seed: int, probe: Probe, channels: int) -> None:

@@ -23,6 +23,7 @@ from dit_ds import archive, distributed, files, posthoc, restore
 from dit_ds.checkpoint_index import Strict, fault_of
 from dit_ds.manifest import image_shape
 from dit_ds.models import DiT
+from dit_ds.settings import Objective
 
 FORMAT = 1
 
@@ -68,7 +69,7 @@ class Description(Strict):
     shift_factor: float
     image_size: Size
     class_names: list[str]
-    num_timesteps: Annotated[int, Field(gt=0, le=1_000_000)]
+    objective: Objective
     vae: str
     vae_sha256: str
     dataset: str
@@ -84,6 +85,8 @@ class Description(Strict):
             raise ValueError(f"the model is not of latents of {self.latent_shape}")
         if self.num_classes != sizes.num_classes:
             raise ValueError(f"the model is not of {self.num_classes} classes")
+        if self.objective.name == "flow" and sizes.learn_sigma:
+            raise ValueError("the model has a variance, which flow matching does not learn")
         return self
 
     @property
@@ -192,6 +195,10 @@ def _check_suffix(path: Path) -> None:
 def _description(tree: Any, source: str) -> Description:
     if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{source}: format {tree['format']!r:.20}, this version reads {FORMAT}")
+    if isinstance(tree, dict) and "objective" not in tree and "num_timesteps" in tree:
+        # As it stood before there was more than one objective.
+        rest = {k: v for k, v in tree.items() if k != "num_timesteps"}
+        tree = rest | {"objective": {"num_timesteps": tree["num_timesteps"]}}
     try:
         return Description.model_validate_json(json.dumps(tree))
     except pydantic.ValidationError as e:

@@ -27,7 +27,6 @@ from dit_ds.samples import MicroBatch
 from dit_ds.settings import Config
 
 _TIME_BINS = 4
-_LOSSES = ("loss", "mse", "vb")
 
 
 class Monitor:
@@ -36,13 +35,14 @@ class Monitor:
     Args:
         run: the run directory.
         config: of the run.
+        losses: the names of the objective's losses.
         step: steps done already; what was logged after it, by a run that was killed, is dropped.
     """
 
-    def __init__(self, run: Path, config: Config, *, step: int) -> None:
-        self._config = config
+    def __init__(self, run: Path, config: Config, losses: tuple[str, ...], *, step: int) -> None:
+        self._config, self._losses = config, losses
         self._samples = run / "samples"
-        self._sums = torch.zeros(len(_LOSSES) + 1, device=distributed.device())
+        self._sums = torch.zeros(len(losses) + 1, device=distributed.device())
         self._bins = torch.zeros(2, _TIME_BINS, device=distributed.device())
         self._last_step, self._last_time, self._last_wait = step, time.perf_counter(), 0.0
         self._main = distributed.is_main()
@@ -64,9 +64,9 @@ class Monitor:
     def add(self, losses: dict[str, torch.Tensor], batch: MicroBatch, num_timesteps: int) -> None:
         """Count the per-sample losses of a micro-batch; nothing waits for the device."""
         w = batch.weight
-        rows = torch.stack([losses[k].detach() for k in _LOSSES] + [torch.ones_like(w)])
+        rows = torch.stack([losses[k].detach() for k in self._losses] + [torch.ones_like(w)])
         self._sums += (rows * w).sum(1)
-        bins = (losses["t"] * _TIME_BINS // num_timesteps).long()
+        bins = (losses["t"] * _TIME_BINS // num_timesteps).long().clamp(max=_TIME_BINS - 1)
         self._bins[0].index_add_(0, bins, losses["loss"].detach() * w)
         self._bins[1].index_add_(0, bins, w)
 
@@ -89,9 +89,9 @@ class Monitor:
         self._last_step, self._last_time, self._last_wait = step, now, loader.wait_seconds
         if not self._main:
             return
-        count = sums[len(_LOSSES)]
-        values = {k: (sums[i] / count).item() for i, k in enumerate(_LOSSES)}
-        binned, counts = sums[len(_LOSSES) + 1 :].view(2, _TIME_BINS)
+        count = sums[len(self._losses)]
+        values = {k: (sums[i] / count).item() for i, k in enumerate(self._losses)}
+        binned, counts = sums[len(self._losses) + 1 :].view(2, _TIME_BINS)
         for i in range(_TIME_BINS):
             if counts[i]:
                 low, high = i / _TIME_BINS, (i + 1) / _TIME_BINS

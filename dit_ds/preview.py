@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from dit_ds import distributed, latents, samplers, zero
+from dit_ds.ddpm import DDPM
 from dit_ds.manifest import Manifest
+from dit_ds.objectives import Objective
 from dit_ds.settings import Config
 
 if TYPE_CHECKING:
@@ -20,26 +22,25 @@ class Preview:
 
     Raises:
         ValueError: previews are asked for and the VAE cannot be loaded or has other latents than
-            the data.
+            the data, or settings do not fit the objective.
     """
 
-    def __init__(self, cfg: Config, manifest: Manifest) -> None:
-        self._cfg, self._manifest = cfg, manifest
+    def __init__(self, cfg: Config, manifest: Manifest, objective: Objective) -> None:
+        self._cfg, self._manifest, self._objective = cfg, manifest, objective
         self._classes = min(cfg.preview.classes, manifest.num_classes)
         self.columns = cfg.preview.per_class
         """Images of a row; each row is a class."""
         self._vae: AutoencoderKL | None = None
         self._settings = samplers.SamplerSettings(
-            sampler=cfg.preview.sampler,
+            sampler=cfg.preview.sampler or ("ddim" if isinstance(objective, DDPM) else "euler"),
             steps=cfg.preview.steps,
             cfg_scale=cfg.preview.cfg_scale,
             seed=cfg.seed,
             batch_size=cfg.train.micro_batch_size,
         )
         if cfg.preview.every:
-            shape, timesteps = manifest.latent_shape, cfg.objective.num_timesteps
             try:
-                samplers.check(self._settings, latent_shape=shape, num_timesteps=timesteps)
+                samplers.check(self._settings, objective, latent_shape=manifest.latent_shape)
             except ValueError as e:
                 raise ValueError(f"preview.{e}") from None
         if cfg.preview.every and distributed.is_main():
@@ -82,13 +83,11 @@ class Preview:
             with zero.averaged_weights(engine):
                 mine = samplers.sample(
                     engine,
+                    self._objective,
                     self._settings,
                     classes=ids // self.columns,
                     latent_shape=self._manifest.latent_shape,
-                    num_classes=self._manifest.num_classes,
                     image_ids=ids.tolist(),
-                    num_timesteps=self._cfg.objective.num_timesteps,
-                    learn_sigma=self._cfg.model.learn_sigma,
                     device=distributed.device(),
                     progress=False,
                 )

@@ -74,7 +74,7 @@ def describe(cfg: Config, ds_config: dict[str, Any], manifest: Manifest) -> dict
             "shift_factor": manifest.shift_factor,
             "image_size": manifest.image_size,
             "class_names": list(manifest.class_names),
-            "num_timesteps": cfg.objective.num_timesteps,
+            "objective": cfg.objective.model_dump(mode="json"),
             "vae": manifest.vae.name,
             "vae_sha256": manifest.vae.sha256,
             "dataset": manifest.fingerprint,

@@ -1,44 +1,50 @@
-"""Noise to latents: ancestral DDPM and DDIM at any number of steps, with guidance.
+"""Noise to latents: which sampler for which objective, with guidance, in batches.
 
 Image i of a seed is made of the same noise whatever the batch size and the number of ranks: a
 rank passes its slice of the classes and the ids of its images.
 
-Sources: Ho et al. 2020 (ancestral sampling); Nichol & Dhariwal 2021 (fewer steps, learned
-variance); Song et al. 2021, "Denoising diffusion implicit models"; Ho & Salimans 2022
+Sources: those of `ddpm_samplers`, `flow_samplers` and `dpm_solver`; Ho & Salimans 2022
 (classifier-free guidance); Kynkäänniemi et al. 2024 (guidance in an interval).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dit_ds import draws
-from dit_ds.objectives import Model, Schedule, split_output
+from dit_ds import ddpm_samplers, dpm_solver, draws, flow_samplers
+from dit_ds.batch import Model, Predict
+from dit_ds.ddpm import DDPM
+from dit_ds.objectives import Objective
+from dit_ds.settings import Sampler
 
-Predict = Callable[[Tensor, int, Tensor], Tensor]  # (x, timestep, y) -> the model's output
+OF_DDPM: tuple[Sampler, ...] = ("ddpm", "ddim", "dpm++")
+OF_FLOW: tuple[Sampler, ...] = ("euler", "heun", "sde", "dpm++")
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
     """How to sample; raises ValueError for a setting that cannot work.
 
-    sampler: "ddpm" (ancestral) or "ddim"; steps: of the schedule's timesteps, evenly strided.
+    sampler: of DDPM "ddpm" (ancestral) and "ddim", of flows "euler", "heun" and "sde", of both
+    "dpm++".
+    steps: of DDPM's timesteps, evenly strided, or of a flow's time.
     eta: DDIM's noise, 0 (none, deterministic) to 1 (as much as the ancestral posterior).
-    cfg_scale: guidance; 1 is off and costs one pass per step instead of two.
-    cfg_channels: how many channels of the noise prediction are guided; None is all, 3 is what the
+    cfg_scale: guidance; 1 is off and costs one pass per model call instead of two.
+    cfg_channels: how many channels of the prediction are guided; None is all, 3 is what the
     published DiT does. The variance is always the conditional pass's.
     guidance_interval: guide only where lowest <= t / num_timesteps <= highest.
     batch_size: images at once; guided steps run the model on twice as many.
     """
 
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    sampler: Sampler = "ddpm"
     steps: int = 250
     eta: float = 0.0
     cfg_scale: float = 1.0
@@ -48,14 +54,24 @@ class SamplerSettings:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.sampler not in ("ddpm", "ddim"):
-            raise ValueError(f"sampler={self.sampler!r} is unknown; choose 'ddpm' or 'ddim'")
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(
+                f"sampler={self.sampler!r} is unknown; choose one of {', '.join(get_args(Sampler))}"
+            )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1; choose e.g. 250")
+        if self.sampler == "sde" and self.steps < 2:
+            raise ValueError(
+                f"steps={self.steps} is too few for sampler=sde, which takes its last one from "
+                "where there is hardly any noise; choose at least 2, as a rule 250"
+            )
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta={self.eta} is out of range; choose from 0 to 1")
-        if self.eta and self.sampler == "ddpm":
-            raise ValueError(f"eta={self.eta} is a setting of DDIM; choose sampler=ddim or eta=0")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(
+                f"eta={self.eta} is a setting of DDIM, not of sampler={self.sampler}; choose "
+                "sampler=ddim or eta=0"
+            )
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0.0):
             raise ValueError(
                 f"cfg_scale={self.cfg_scale} must be a number of at least 0; 1 is no guidance"
@@ -73,16 +89,35 @@ class SamplerSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
 
+    @property
+    def num_calls(self) -> int:
+        """Model calls that an image takes; a guided one is a call of twice as many images."""
+        return 2 * self.steps - 1 if self.sampler == "heun" else self.steps
+
+
+def default_sampler(objective: Objective) -> Sampler:
+    """The plain one, as published with the objective: ancestral sampling, and Euler's steps."""
+    return "ddpm" if isinstance(objective, DDPM) else "euler"
+
 
 def check(
-    settings: SamplerSettings, *, latent_shape: tuple[int, int, int], num_timesteps: int
+    settings: SamplerSettings, objective: Objective, *, latent_shape: tuple[int, int, int]
 ) -> None:
     """Raise ValueError where settings do not fit a model; `sample` does it too."""
-    if settings.steps > num_timesteps:
+    name, fitting = ("ddpm", OF_DDPM) if isinstance(objective, DDPM) else ("flow", OF_FLOW)
+    if settings.sampler not in fitting:
         raise ValueError(
-            f"steps={settings.steps} exceeds the {num_timesteps} timesteps of the model; choose "
-            f"at most {num_timesteps}"
+            f"sampler={settings.sampler} has no meaning for a model of objective.name={name}; "
+            f"choose one of {', '.join(fitting)}"
         )
+    if isinstance(objective, DDPM):
+        most = ddpm_samplers.usable(objective).num_timesteps
+        if settings.steps > most:
+            raise ValueError(
+                f"steps={settings.steps} exceeds the {most} timesteps of the model"
+                + (" that hold signal" if most < objective.num_timesteps else "")
+                + f"; choose at most {most}"
+            )
     if settings.cfg_channels is not None and settings.cfg_channels > latent_shape[0]:
         raise ValueError(
             f"cfg_channels={settings.cfg_channels} exceeds the {latent_shape[0]} channels of the "
@@ -93,23 +128,21 @@ def check(
 @torch.no_grad()
 def sample(
     model: Model,
+    objective: Objective,
     settings: SamplerSettings,
     *,
     classes: Tensor,
     latent_shape: tuple[int, int, int],
-    num_classes: int,
     image_ids: Sequence[int] | None = None,
-    num_timesteps: int = 1000,
-    learn_sigma: bool = True,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Tensor:
     """One latent for each class: (N, C, H, W) float32 on the CPU.
 
-    classes: (N,) int64 in 0..num_classes, of which num_classes asks for no class in particular;
+    model: maps (x, t, y) to what it was trained for under the objective, in any dtype;
+    classes: (N,) int64 in 0..null_class, of which the null class asks for no class in particular;
     latent_shape: (C, H, W); image_ids: the number that decides each image's noise, 0..N-1 unless
-    given. The model maps (x, t, y) to noise (and variance with learn_sigma), in any dtype, and
-    was trained on the linear schedule of num_timesteps. A progress bar shows on terminals only.
+    given. A progress bar shows on terminals only.
     Raises ValueError where the arguments do not fit each other.
     """
     ids = list(range(len(classes))) if image_ids is None else list(image_ids)
@@ -117,14 +150,14 @@ def sample(
         raise ValueError(
             f"image_ids has {len(ids)} entries for {len(classes)} classes; give one id for each"
         )
-    if len(classes) and not (0 <= int(classes.min()) and int(classes.max()) <= num_classes):
+    null = objective.null_class
+    if len(classes) and not (0 <= int(classes.min()) and int(classes.max()) <= null):
         raise ValueError(
-            f"classes={sorted(set(classes.tolist()))} must lie in 0..{num_classes - 1}, or be "
-            f"{num_classes} for no class"
+            f"classes={sorted(set(classes.tolist()))} must lie in 0..{null - 1}, or be {null} for "
+            "no class"
         )
-    check(settings, latent_shape=latent_shape, num_timesteps=num_timesteps)
-    schedule = Schedule.linear(num_timesteps).respaced(settings.steps)
-    predict = guide(model, settings, null_class=num_classes, num_timesteps=num_timesteps)
+    check(settings, objective, latent_shape=latent_shape)
+    denoise = _denoiser(guide(model, objective, settings), objective, settings)
     batches = range(0, len(ids), settings.batch_size)
     latents = torch.empty(len(ids), *latent_shape)
     # disable=None is tqdm's word for "only on a terminal".
@@ -141,94 +174,45 @@ def sample(
                 numbers = draws.normal(settings.seed, "sample", k, ids, latent_shape)
                 return torch.from_numpy(numbers).to(device)
 
-            latents[rows] = denoise(
-                predict,
-                schedule,
-                classes[rows].to(device),
-                noise_at,
-                eta=settings.eta if settings.sampler == "ddim" else None,
-                learn_sigma=learn_sigma,
-                on_step=bar.update,
-            ).cpu()
+            y = classes[rows].to(device)
+            latents[rows] = denoise(y, noise_at, on_step=bar.update).cpu()
     return latents
 
 
-def guide(
-    model: Model, settings: SamplerSettings, *, null_class: int, num_timesteps: int = 1000
-) -> Predict:
-    """The model under classifier-free guidance. Source: Ho & Salimans 2022, eq. 6."""
+def _denoiser(
+    predict: Predict, objective: Objective, settings: SamplerSettings
+) -> Callable[..., Tensor]:
+    """The sampler, but for classes, noise and what to call after each step."""
+    steps = settings.steps
+    if settings.sampler == "dpm++":
+        return functools.partial(dpm_solver.denoise, predict, objective, steps=steps)
+    if isinstance(objective, DDPM):
+        eta = settings.eta if settings.sampler == "ddim" else None
+        return functools.partial(ddpm_samplers.denoise, predict, objective, steps=steps, eta=eta)
+    method = settings.sampler
+    assert method != "ddpm" and method != "ddim"  # by `check`
+    return functools.partial(flow_samplers.denoise, predict, objective, steps=steps, method=method)
+
+
+def guide(model: Model, objective: Objective, settings: SamplerSettings) -> Predict:
+    """The model under classifier-free guidance. Source: Ho & Salimans 2022, eq. 6.
+
+    Velocities are guided as noise is: at given x_t both are the same but for a factor and a
+    constant.
+    """
     lowest, highest = settings.guidance_interval
 
-    def predict(x: Tensor, timestep: int, y: Tensor) -> Tensor:
-        t = torch.full_like(y, timestep)
-        if settings.cfg_scale == 1.0 or not lowest <= timestep / num_timesteps <= highest:
+    def predict(x: Tensor, timestep: float, y: Tensor) -> Tensor:
+        # int64 of a whole number, float32 of a flow's.
+        t = torch.full(y.shape, timestep, device=y.device)
+        share = timestep / objective.num_timesteps
+        if settings.cfg_scale == 1.0 or not lowest <= share <= highest:
             return model(x, t, y)
-        labels = torch.cat([y, torch.full_like(y, null_class)])
+        labels = torch.cat([y, torch.full_like(y, objective.null_class)])
         out = model(torch.cat([x, x]), torch.cat([t, t]), labels).float()
         given, free = out.chunk(2)  # each (N, 2C or C, H, W)
         c = x.shape[1] if settings.cfg_channels is None else settings.cfg_channels
-        eps = free[:, :c] + settings.cfg_scale * (given[:, :c] - free[:, :c])
-        return torch.cat([eps, given[:, c:]], dim=1)
+        guided = free[:, :c] + settings.cfg_scale * (given[:, :c] - free[:, :c])
+        return torch.cat([guided, given[:, c:]], dim=1)
 
     return predict
-
-
-def denoise(
-    predict: Predict,
-    schedule: Schedule,
-    y: Tensor,
-    noise_at: Callable[[int], Tensor],
-    *,
-    eta: float | None,
-    learn_sigma: bool = True,
-    on_step: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """Walk down the schedule from noise to latents (N, C, H, W) float32 of classes y (N,).
-
-    noise_at(k) is standard normal noise of that shape: k = 0 the start, k = 1, 2, ... the noise of
-    each step taken. eta None is the ancestral sampler, a number is DDIM. Latents are not clipped.
-    """
-    x = noise_at(0)
-    for k, i in enumerate(reversed(range(schedule.num_timesteps)), start=1):
-        out = predict(x, int(schedule.timesteps[i]), y)
-        eps, v = split_output(out, x.shape[1], learn_sigma)
-        mean, std = (
-            ddpm_step(schedule, x, i, eps, v)
-            if eta is None
-            else ddim_step(schedule, x, i, eps, eta)
-        )
-        # The last step adds no noise: it gives the mean of x_0.
-        x = mean if i == 0 or eta == 0.0 else mean + std * noise_at(k)
-        on_step()
-    return x
-
-
-def ddpm_step(
-    schedule: Schedule, x: Tensor, i: int, eps: Tensor, v: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of p(x_{i-1} | x_i); i is a step of the schedule.
-
-    Without a learned variance (v None) it is beta_i. Source: Ho et al. 2020, algorithm 2; Nichol &
-    Dhariwal 2021, eq. 15.
-    """
-    t = torch.full((len(x),), i, device=x.device)
-    mean = schedule.posterior_mean(schedule.predict_x_start(x, t, eps), x, t)
-    if v is None:
-        log_variance = schedule.at("log_betas", t)
-    else:
-        log_variance = schedule.learned_log_variance(v, t)
-    return mean, torch.exp(0.5 * log_variance)
-
-
-def ddim_step(
-    schedule: Schedule, x: Tensor, i: int, eps: Tensor, eta: float
-) -> tuple[Tensor, float]:
-    """Mean and standard deviation of x_{i-1} under DDIM; eta = 1 has the ancestral posterior's.
-
-    Source: Song et al. 2021, eqs. 12 and 16.
-    """
-    # Python's float64: in float32, 1 - alphas_cumprod has three digits left near the data.
-    now, before = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_before[i])
-    std = eta * math.sqrt((1 - before) / (1 - now) * (1 - now / before))
-    x_start = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
-    return math.sqrt(before) * x_start + math.sqrt(1 - before - std**2) * eps, std

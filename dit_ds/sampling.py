@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from dit_ds import distributed, draws, files, latents
+from dit_ds import distributed, draws, files, latents, objectives
+from dit_ds.batch import Model
 from dit_ds.export import Description
 from dit_ds.heartbeat import Heartbeat
-from dit_ds.objectives import Model
 from dit_ds.progress import Progress
 from dit_ds.samplers import SamplerSettings, sample
 
@@ -104,6 +104,16 @@ def check_outputs(out: Path, npz: Path | None, *, num: int, image_shape: tuple[i
             )
 
 
+def objective_of(about: Description) -> objectives.Objective:
+    """What the weights were trained for."""
+    return objectives.build(
+        about.objective,
+        num_classes=about.num_classes,
+        learn_sigma=about.model.learn_sigma,
+        latent_shape=about.latent_shape,
+    )
+
+
 def draw(
     model: Model,
     about: Description,
@@ -135,24 +145,23 @@ def draw(
             f"batches; --batch-size {math.ceil(len(labels) / world)} would give all ranks some"
         )
     store = distributed.shared_store()
-    progress = Progress(store, total=len(labels) * settings.steps)
+    progress = Progress(store, total=len(labels) * settings.num_calls)
+    objective = objective_of(about)
     space = latents.LatentSpace(about.scaling_factor, about.shift_factor)
 
     def make(ids: torch.Tensor) -> torch.Tensor:
         def counted(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            store.add("work", len(ids))  # a step of each of these
+            store.add("work", len(ids))  # a call for each of these
             progress.show()
             return model(x, t, y)
 
         z = sample(
             counted,
+            objective,
             settings,
             classes=labels[ids],
             latent_shape=about.latent_shape,
-            num_classes=about.num_classes,
             image_ids=ids.tolist(),
-            num_timesteps=about.num_timesteps,
-            learn_sigma=about.model.learn_sigma,
             device=distributed.device(),
             progress=False,
         )

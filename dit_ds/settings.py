@@ -88,11 +88,64 @@ class Model(Section):
 
 
 class Objective(Section):
-    """DDPM as published: linear schedule, eps-MSE plus the learned-variance term."""
+    """What is learned: DDPM, as published unless options are set, or flow matching."""
 
-    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    name: Literal["ddpm", "flow"] = "ddpm"
+    num_timesteps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
+    """Of ddpm: steps of the schedule. Of flow: what pure noise is told the model as."""
     class_dropout: Probability = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
+    prediction: Literal["eps", "v"] | None = None
+    """Of ddpm: the noise, or the velocity sqrt(a) eps - sqrt(1 - a) x_0; eps unless set."""
+    schedule: Literal["linear", "cosine"] | None = None
+    """Of ddpm: how the signal falls; linear unless set."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Of ddpm: no step counts for more than this signal-to-noise ratio; all alike unless set."""
+    time: Literal["uniform", "logit-normal", "cosmap"] | None = None
+    """Of flow: how often each time is trained; uniform unless set."""
+    logit_mean: float | None = None
+    """Of logit-normal: mean of the logit of t, above 0 towards noise; 0 unless set."""
+    logit_std: Annotated[float, Field(gt=0)] | None = None
+    """Of logit-normal: standard deviation of the logit of t; 1 unless set."""
+    shift: Annotated[float, Field(gt=0)] | Literal["resolution"] | None = None
+    """Of flow: moves times towards noise, in training and sampling, 1 unless set; `resolution` is
+    sqrt(H W) / 32 of the latents, 1 for images of 256 x 256."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        defaults = _FLOW if tree.get("name", "ddpm") == "flow" else _DDPM
+        if tree.get("time") == "logit-normal":
+            defaults = defaults | _LOGIT_NORMAL
+        return defaults | {k: v for k, v in tree.items() if v is not None or k not in defaults}
+
+    @pydantic.model_validator(mode="after")
+    def _applies(self) -> Objective:
+        for key, name in (
+            *((key, "ddpm") for key in ("prediction", "schedule", "min_snr_gamma")),
+            *((key, "flow") for key in ("time", "shift", "logit_mean", "logit_std")),
+        ):
+            value = getattr(self, key)
+            if value is not None and self.name != name:
+                raise ValueError(
+                    f"objective.{key}={value} has no meaning for objective.name={self.name}; leave "
+                    f"it out, or set objective.name={name}"
+                )
+        for key in _LOGIT_NORMAL:
+            value = getattr(self, key)
+            if value is not None and self.time != "logit-normal":
+                raise ValueError(
+                    f"objective.{key}={value} has no meaning for objective.time={self.time}; leave "
+                    "it out, or set objective.time=logit-normal"
+                )
+        return self
+
+
+_DDPM: dict[str, Any] = {"prediction": "eps", "schedule": "linear"}
+_FLOW: dict[str, Any] = {"time": "uniform", "shift": 1.0}
+_LOGIT_NORMAL = {"logit_mean": 0.0, "logit_std": 1.0}
 
 
 class Optimizer(Section):
@@ -207,6 +260,10 @@ class Train(Section):
     """The one with the least of this metric stays too."""
 
 
+Sampler = Literal["ddpm", "ddim", "dpm++", "euler", "heun", "sde"]
+"""The first two are of the objective ddpm, the last three of flow; dpm++ is of both."""
+
+
 class Preview(Section):
     """Sample grids during training, from the averaged weights and the same noise every time."""
 
@@ -218,7 +275,8 @@ class Preview(Section):
     per_class: Positive = 4
     cfg_scale: Annotated[float, Field(ge=0)] = 4.0
     steps: Positive = 50
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Sampler | None = None
+    """ddim unless set, or euler where the objective is flow."""
 
 
 class Validation(Section):
@@ -250,8 +308,23 @@ class Config(Section):
         """Number of lanes that the order is cut into."""
         return self.data.lanes or math.gcd(self.train.global_batch_size, 64)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_variance_of_flow(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            objective, model = tree.get("objective"), tree.get("model")
+            if isinstance(objective, dict) and isinstance(model, dict):
+                if objective.get("name") == "flow":
+                    return tree | {"model": {"learn_sigma": False} | model}
+        return tree
+
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Config:
+        if self.objective.name == "flow" and self.model.learn_sigma:
+            raise ValueError(
+                "model.learn_sigma=True has no meaning for objective.name=flow, which has no "
+                "variance to learn; leave it out"
+            )
         batch = self.train.global_batch_size
         if batch % self.lanes:
             raise ValueError(

@@ -29,6 +29,7 @@ from dit_ds import (
     distributed,
     launched,
     muon,
+    objectives,
     optim,
     posthoc,
     remote,
@@ -43,7 +44,6 @@ from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
 from dit_ds.models import DiT
 from dit_ds.monitor import Monitor
-from dit_ds.objectives import DDPM
 from dit_ds.preview import Preview
 from dit_ds.samples import MicroBatch
 from dit_ds.settings import Config
@@ -102,17 +102,17 @@ def train(
         rundir.check_resume(found, cfg, about, run)
         with torch.device("meta"):  # sizes that do not fit are told before anything is built
             DiT(**about["weights"]["model"])
-        objective = DDPM(
-            manifest.num_classes,
-            class_dropout=cfg.objective.class_dropout,
-            num_timesteps=cfg.objective.num_timesteps,
+        objective = objectives.build(
+            cfg.objective,
+            num_classes=manifest.num_classes,
             learn_sigma=cfg.model.learn_sigma,
+            latent_shape=manifest.latent_shape,
         )
-        preview = Preview(cfg, manifest)
+        preview = Preview(cfg, manifest, objective)
         validation = None
         if cfg.validation.path:
             other = remote.open_store(cfg.validation.path, cfg.data.cache, cfg.data.cache_gb)
-            validation = Validation(cfg, other, manifest)
+            validation = Validation(cfg, other, manifest, objective.losses)
     state = State(found.step if found else 0, cfg.train.steps, cfg.train.global_batch_size)
     if state.done:
         distributed.print_main(
@@ -202,7 +202,7 @@ def train(
             last_step=state.last_step,
             workers=cfg.data.workers,
         ) as loader,
-        Monitor(run, cfg, step=state.step) as monitor,
+        Monitor(run, cfg, objective.losses, step=state.step) as monitor,
         losing_no_step(),
     ):
         # Not before the loader: what it refuses must not fix the settings of a run.
@@ -230,7 +230,7 @@ def train(
                 loss = (losses["loss"] * micro.weight).sum() * share
                 engine.backward(loss, scale_wrt_gas=False)
                 engine.step()  # acts at the last micro-batch
-                monitor.add(losses, micro, cfg.objective.num_timesteps)
+                monitor.add(losses, micro, objective.num_timesteps)
             beats.beat(phase, state.step, "agreeing on the step")
             state.step += 1
             monitor.log(engine, loader, step=state.step, images_seen=state.images_seen, lr=lr)

@@ -18,18 +18,20 @@ from dit_ds.manifest import Manifest, Store
 from dit_ds.samples import MicroBatch, Samples
 from dit_ds.settings import Config
 
-_LOSSES = ("loss", "mse", "vb")
-
 
 class Validation:
     """Evaluates the weights as they are and their average; a collective, on every rank alike.
+
+    losses: the names of the objective's losses.
 
     Raises:
         ValueError: the data do not fit the training's, or are part of them.
     """
 
-    def __init__(self, cfg: Config, store: Store, training: Manifest) -> None:
-        self._cfg = cfg
+    def __init__(
+        self, cfg: Config, store: Store, training: Manifest, losses: tuple[str, ...]
+    ) -> None:
+        self._cfg, self._losses = cfg, losses
         manifest = store.manifest()
         store.check(manifest)
         where = f"validation.path={cfg.validation.path}"
@@ -77,7 +79,7 @@ class Validation:
             ):
                 with weights, torch.no_grad():
                     means = self._means(engine, loss)
-                values |= {f"{name}/{k}": m for k, m in zip(_LOSSES, means, strict=True)}
+                values |= {f"{name}/{k}": m for k, m in zip(self._losses, means, strict=True)}
         finally:
             engine.train()
         return values
@@ -90,7 +92,7 @@ class Validation:
         num_batches = -(-self._num_samples // size)
         # At stage 3 every forward pass is a collective, so all ranks compute equally many.
         rounds = -(-num_batches // world)
-        found = torch.zeros(rounds, len(_LOSSES), size)
+        found = torch.zeros(rounds, len(self._losses), size)
         for i in range(rounds):
             beats.beat("sample", doing=f"validation, batch {i + 1} of {rounds}")
             first = min(rank * rounds + i, num_batches - 1) * size
@@ -98,7 +100,7 @@ class Validation:
             with distributed.agreed():
                 batch = self._samples.read_fixed(ids, size).to(distributed.device())
             losses = loss(engine, batch)
-            found[i] = torch.stack([losses[k] for k in _LOSSES]).cpu()
+            found[i] = torch.stack([losses[k] for k in self._losses]).cpu()
         # (batches, losses, size), of which the last ones only fill up.
         everyone = torch.cat(distributed.gather_tensor(found))
         by_sample = everyone.transpose(0, 1).flatten(1)[:, : self._num_samples]

@@ -62,6 +62,11 @@ def load(path: str | Path) -> dict[str, Any]:
             f"--deepspeed_config {path}: torch_autocast in float16 scales the loss outside of the "
             "checkpoint; use bfloat16, or fp16.enabled as in ds_configs/zero2_fp16.json"
         )
+    if tree.get("fp16", {}).get("auto_cast"):
+        raise ConfigError(
+            f"--deepspeed_config {path}: fp16.auto_cast=true would round the times of flow "
+            "matching to 11 bits, and the model casts its latents itself; remove it"
+        )
     half = [k for k in ("bf16", "fp16") if tree.get(k, {}).get("enabled")]
     if half and zero.get("stage", 0) == 0:
         raise ConfigError(

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from dit_ds import adopt, archive, config, export, layers, rundir
+from dit_ds import adopt, archive, config, export, layers, rundir, sampling
 from dit_ds.manifest import Manifest
 from dit_ds.models import DiT, sincos_pos_embed, timestep_embedding
 from dit_ds.samplers import SamplerSettings, sample
@@ -250,7 +250,13 @@ def test_ranks_follow_the_curve_of_one_plain_pytorch_process(
     settings, classes = SamplerSettings(sampler="ddim", steps=2, cfg_scale=2.0), torch.arange(3)
     shape = again.about.latent_shape
     one, other = (
-        sample(w.build(), settings, classes=classes, latent_shape=shape, num_classes=3)
+        sample(
+            w.build(),
+            sampling.objective_of(w.about),
+            settings,
+            classes=classes,
+            latent_shape=shape,
+        )
         for w in (found, again)
     )
     assert one.shape == (3, 4, 6, 4) and torch.equal(one, other)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dit_ds import config, draws, optim
-from dit_ds.objectives import DDPM
+from dit_ds.ddpm import DDPM
 from dit_ds.samples import MicroBatch
 from tests import runs
 from tests.conftest import REPO, run_ranks

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dit_ds import config, export, latents, optim, zero_config
+from dit_ds import config, export, latents, optim, sampling, zero_config
 from dit_ds.manifest import Manifest
 from dit_ds.settings import Optimizer
 from tests import runs
@@ -79,16 +79,28 @@ def test_a_run_directory_has_what_it_promises(
     assert sheet.size[1] > sheet.size[0]  # three classes high, two images wide
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 2), (2, 1), (3, 2)])
+FLOW = ("objective.name=flow", "model.learn_sigma=false")
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "objective", "sampler"),
+    [(0, 2, (), "ddim"), (2, 1, FLOW, "euler"), (3, 2, (), "ddim")],
+)
 def test_previews_show_the_average_and_leave_the_weights_alone(
-    tiny: dict[str, Any], vae: Path, tmp_path: Path, stage: int, world: int
+    tiny: dict[str, Any],
+    vae: Path,
+    tmp_path: Path,
+    stage: int,
+    world: int,
+    objective: tuple[str, ...],
+    sampler: Any,
 ) -> None:
     ds = runs.write_json(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
-    run_ranks(world, runs.train, *runs.arguments(tiny, ds))
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds, *objective))
     plain = runs.state_of(tiny["run"], 6)
     tiny["run"] = tmp_path / "with-previews"
     previews = ["preview.every=2", f"preview.vae={vae}", "preview.steps=2", "preview.per_class=1"]
-    run_ranks(world, runs.train, *runs.arguments(tiny, ds, *previews))
+    run_ranks(world, runs.train, *runs.arguments(tiny, ds, *previews, *objective))
     runs.assert_same_bits(plain, runs.state_of(tiny["run"], 6))
     # The same picture as from the exported weights, to a rounding of grey.
     sheet = tmp_path / "sheet.png"
@@ -96,13 +108,13 @@ def test_previews_show_the_average_and_leave_the_weights_alone(
     weights = export.from_run(tiny["run"])
     from dit_ds.samplers import SamplerSettings, sample
 
-    settings = SamplerSettings(sampler="ddim", steps=2, cfg_scale=4.0, seed=0)
+    settings = SamplerSettings(sampler=sampler, steps=2, cfg_scale=4.0, seed=0)
     z = sample(
         weights.build(),
+        sampling.objective_of(weights.about),
         settings,
         classes=torch.arange(3),
         latent_shape=manifest.latent_shape,
-        num_classes=3,
     )
     space = latents.LatentSpace(manifest.scaling_factor)
     images = latents.decode(latents.load_vae(str(vae)), z, space)

@@ -5,20 +5,36 @@ from __future__ import annotations
 import ast
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dit_ds.ddpm import DDPM
+from dit_ds.ddpm_samplers import denoise, usable
+from dit_ds.flow import FlowMatching
 from dit_ds.models import DiT
-from dit_ds.objectives import Schedule
-from dit_ds.samplers import SamplerSettings, denoise, guide, sample
+from dit_ds.objectives import Objective
+from dit_ds.samplers import (
+    OF_DDPM,
+    OF_FLOW,
+    SamplerSettings,
+    check,
+    default_sampler,
+    guide,
+    sample,
+)
+from dit_ds.schedule import Schedule
+from dit_ds.settings import Sampler
+from tests.gaussian import Gaussian
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "dit_tiny.npz")
 PUBLISHED = SamplerSettings(cfg_scale=4.0, cfg_channels=3)
 SHAPE = (4, 8, 8)
+TRAINED = DDPM(10)  # what the golden model is for
+FLOW = FlowMatching(10)
 
 
 def golden(key: str) -> Tensor:
@@ -33,13 +49,19 @@ def model() -> DiT:
     return model
 
 
-def sample_tiny(model: Any, classes: list[int], ids: Any = None, **settings: Any) -> Tensor:
+def sample_tiny(
+    model: Any,
+    classes: list[int],
+    ids: Any = None,
+    objective: Objective = TRAINED,
+    **settings: Any,
+) -> Tensor:
     return sample(
         model,
+        objective,
         SamplerSettings(**{"steps": 5} | settings),
         classes=torch.tensor(classes, dtype=torch.int64),
         latent_shape=SHAPE,
-        num_classes=10,
         image_ids=ids,
         progress=False,
     )
@@ -48,7 +70,7 @@ def sample_tiny(model: Any, classes: list[int], ids: Any = None, **settings: Any
 class Recorder:
     """Passes calls on and remembers their timestep and batch size."""
 
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.calls: list[tuple[int, int]] = []
 
@@ -61,7 +83,7 @@ def test_guidance_agrees_with_the_published_one(model: DiT) -> None:
     # Published calls pass a doubled batch and return it doubled; the first half is the answer.
     x, t, y = golden("cfg/x")[:2], int(GOLDEN["cfg/t"][0]), golden("cfg/y")[:2]
     with torch.no_grad():
-        out = guide(model, PUBLISHED, null_class=10)(x, t, y)
+        out = guide(model, TRAINED, PUBLISHED)(x, t, y)
     expected = golden("cfg/out")[:2]
     scale = expected.abs().max().item()
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * scale)
@@ -72,10 +94,11 @@ def test_sampler_agrees_with_the_published_one(model: DiT, sampler: str, eta: fl
     z, noise, y = (golden(f"{sampler}/{key}") for key in ("z", "noise", "y"))
     with torch.no_grad():
         out = denoise(
-            guide(model, PUBLISHED, null_class=10),
-            Schedule.linear().respaced(10),
+            guide(model, TRAINED, PUBLISHED),
+            TRAINED,
             y[:2],
             lambda k: z[:2] if k == 0 else noise[k - 1, :2],
+            steps=10,
             eta=eta,
         )
     expected = golden(f"{sampler}/out")
@@ -83,18 +106,27 @@ def test_sampler_agrees_with_the_published_one(model: DiT, sampler: str, eta: fl
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_batch_size_changes_no_noise_and_hardly_a_pixel(model: DiT, sampler: str) -> None:
+EACH = [(TRAINED, name) for name in OF_DDPM] + [(FLOW, name) for name in OF_FLOW]
+
+
+@pytest.mark.parametrize(("objective", "sampler"), EACH)
+def test_batch_size_changes_no_noise_and_hardly_a_pixel(
+    model: DiT, objective: Objective, sampler: str
+) -> None:
+    def as_trained(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert t.dtype == (torch.int64 if objective is TRAINED else torch.float32)
+        return model(x, t, y)[:, : 8 if objective is TRAINED else 4]
+
     def zeros(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros(len(x), 8, 8, 8)
+        return torch.zeros_like(as_trained(x[:1], t[:1], y[:1])).repeat(len(x), 1, 1, 1)
 
     eta = 0.5 if sampler == "ddim" else 0.0
     classes = [0, 1, 2, 3, 4, 5, 6]
-    options: dict[str, Any] = dict(sampler=sampler, eta=eta)
+    options: dict[str, Any] = dict(objective=objective, sampler=sampler, eta=eta)
     noise = [sample_tiny(zeros, classes, batch_size=b, **options) for b in (1, 3, 7)]
     assert torch.equal(noise[0], noise[1])
     assert torch.equal(noise[0], noise[2])
-    images = [sample_tiny(model, classes, batch_size=b, **options) for b in (1, 3, 7)]
+    images = [sample_tiny(as_trained, classes, batch_size=b, **options) for b in (1, 3, 7)]
     # Matrix products of another size sum in another order.
     for other in images[1:]:
         torch.testing.assert_close(other, images[0], rtol=1e-4, atol=1e-4)
@@ -127,6 +159,35 @@ def test_guidance_interval_guides_inside_only(model: DiT) -> None:
     assert recorder.calls == [(999, 2), (749, 2), (500, 4), (250, 4), (0, 2)]
 
 
+def test_guidance_interval_counts_in_a_flows_time(model: DiT) -> None:
+    recorder = Recorder(lambda x, t, y: model(x, t, y)[:, :4])
+    options: dict[str, Any] = dict(cfg_scale=3.0, guidance_interval=(0.25, 0.75), steps=4)
+    sample_tiny(recorder, [1, 2], objective=FLOW, sampler="heun", **options)
+    # Heun asks at the end of its step too, and there the end's time counts.
+    calls = [(1000, 2), (750, 4), (750, 4), (500, 4), (500, 4), (250, 4), (250, 4)]
+    assert recorder.calls == calls
+
+
+def test_guiding_velocities_is_guiding_noise() -> None:
+    # What is exact of a Gaussian's velocity, class by class, once as v and once as eps.
+    data = {0: Gaussian(-0.5, 0.5), 10: Gaussian(0.5, 0.5)}
+
+    def model(objective: DDPM) -> Any:
+        def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            rows = [data[int(c)].model(objective)(x[i : i + 1], t[:1], y) for i, c in enumerate(y)]
+            return torch.cat(rows)
+
+        return predict
+
+    images = [
+        sample_tiny(model(objective), [0, 0], None, objective, sampler=sampler, cfg_scale=2.0)
+        for objective in (DDPM(10, learn_sigma=False, prediction=p) for p in ("eps", "v"))
+        for sampler in OF_DDPM
+    ]
+    for eps, v in zip(images[:3], images[3:], strict=True):
+        torch.testing.assert_close(v, eps, rtol=1e-4, atol=1e-4)
+
+
 def test_an_interval_without_timesteps_is_guidance_off(model: DiT) -> None:
     off = sample_tiny(model, [1, 2])
     assert torch.equal(off, sample_tiny(model, [1, 2], cfg_scale=3.0, guidance_interval=(1, 1)))
@@ -138,7 +199,7 @@ def test_guidance_reaches_the_channels_asked_for_and_never_the_variance(model: D
 
     def predict(**settings: Any) -> Tensor:
         with torch.no_grad():
-            return guide(model, SamplerSettings(**settings), null_class=10)(x, 431, y)
+            return guide(model, TRAINED, SamplerSettings(**settings))(x, 431, y)
 
     plain, null = predict(), model(x, torch.full_like(y, 431), torch.full_like(y, 10)).detach()
     three, every = predict(cfg_scale=2.0, cfg_channels=3), predict(cfg_scale=2.0)
@@ -191,11 +252,10 @@ def test_optimal_model_gives_back_its_gaussians(
 ) -> None:
     latents = sample(
         Gaussians(steps, learn_sigma),
+        DDPM(3, learn_sigma=learn_sigma),
         SamplerSettings(sampler=sampler, eta=eta, steps=steps),
         classes=torch.tensor([0, 1, 2]),
         latent_shape=(4, 64, 64),
-        num_classes=3,
-        learn_sigma=learn_sigma,
         progress=False,
     )
     values = latents.double().flatten(1)  # 16,384 of each class: standard errors 0.004, 0.003
@@ -213,6 +273,43 @@ def test_ddim_at_eta_one_is_ancestral_sampling_with_the_posteriors_variance() ->
     ddpm = sample_tiny(lowest_variance, [0, 1, 2], steps=10)
     ddim = sample_tiny(lowest_variance, [0, 1, 2], steps=10, sampler="ddim", eta=1.0)
     torch.testing.assert_close(ddim, ddpm, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_variants_of_ddpm_give_back_a_gaussian(
+    sampler: Any, schedule: Any, prediction: Any
+) -> None:
+    data = Gaussian(mean=0.7, std=0.5)
+    objective = DDPM(1, learn_sigma=False, schedule=schedule, prediction=prediction)
+    values = sample(
+        data.model(objective),
+        objective,
+        SamplerSettings(sampler=sampler, steps=500, batch_size=4),
+        classes=torch.zeros(4, dtype=torch.int64),
+        latent_shape=(4, 32, 32),
+        progress=False,
+    ).double()
+    # 16,384 numbers: standard errors 0.004, 0.003; and 500 steps, of which DDIM leaves 0.005.
+    assert values.mean().item() == pytest.approx(0.7, abs=4 * 0.004 + 0.01)
+    assert values.std().item() == pytest.approx(0.5, abs=4 * 0.003 + 0.01)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_errors_of_a_noise_prediction_do_not_drown_the_data(sampler: str) -> None:
+    objective = DDPM(10, learn_sigma=False, schedule="cosine")
+    exact = Gaussian(mean=0.0, std=0.5).model(objective)
+
+    def off(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return exact(x, t, y) + 0.02
+
+    images = sample_tiny(off, [0, 1], objective=objective, sampler=sampler, steps=50)
+    # From the cosine schedule's very end, 0.02 would come out as 6.
+    assert images.mean().abs() < 0.5
+    assert usable(objective).num_timesteps == 996
+    with pytest.raises(ValueError, match="steps=1000 exceeds the 996 timesteps.*hold signal"):
+        sample_tiny(off, [0], objective=objective, sampler=sampler, steps=1000)
 
 
 @pytest.mark.parametrize("steps", [1, 1000])
@@ -234,7 +331,9 @@ def test_half_precision_models_give_float32_latents(model: DiT) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampler": "euler"}, "sampler='euler'.*choose 'ddpm' or 'ddim'"),
+        ({"sampler": "plms"}, "sampler='plms'.*choose one of ddpm, ddim, dpm"),
+        ({"sampler": "sde", "steps": 1}, "steps=1 is too few for sampler=sde"),
+        ({"sampler": "heun", "eta": 0.5}, "eta=0.5.*not of sampler=heun"),
         ({"steps": 0}, "steps=0"),
         ({"eta": 0.5}, "eta=0.5 is a setting of DDIM"),
         ({"sampler": "ddim", "eta": 1.5}, "eta=1.5"),
@@ -262,3 +361,31 @@ def test_arguments_that_do_not_fit_are_refused(model: DiT) -> None:
         sample_tiny(model, [1], [0, 1])
     with pytest.raises(ValueError, match="learn_sigma=True needs a model that returns 8 channels"):
         sample_tiny(lambda x, t, y: x, [1])
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_a_sampler_of_another_objective_is_refused(sampler: Any) -> None:
+    settings = SamplerSettings(sampler=sampler, steps=10)
+    for objective, fitting, name in ((TRAINED, OF_DDPM, "ddpm"), (FLOW, OF_FLOW, "flow")):
+        if sampler in fitting:
+            check(settings, objective, latent_shape=SHAPE)
+        else:
+            message = f"sampler={sampler} has no meaning.*name={name}; choose one of"
+            with pytest.raises(ValueError, match=message):
+                check(settings, objective, latent_shape=SHAPE)
+
+
+def test_without_a_choice_the_objectives_own_sampler_is_taken() -> None:
+    assert (default_sampler(TRAINED), default_sampler(FLOW)) == ("ddpm", "euler")
+
+
+def test_steps_of_a_flow_are_not_bound_by_its_timesteps() -> None:
+    settings = SamplerSettings(sampler="euler", steps=2000)
+    check(settings, FLOW, latent_shape=SHAPE)
+
+
+@pytest.mark.parametrize(("objective", "sampler"), EACH)
+def test_calls_are_counted(objective: Objective, sampler: Any) -> None:
+    recorder = Recorder(lambda x, t, y: torch.zeros(len(x), 8 if objective is TRAINED else 4, 8, 8))
+    sample_tiny(recorder, [1], objective=objective, sampler=sampler)
+    assert len(recorder.calls) == SamplerSettings(sampler=sampler, steps=5).num_calls

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dit_ds import draws, export, latents, sampling
 from dit_ds.models import DiT
+from dit_ds.settings import Objective
 from tests import runs
 from tests.conftest import FP32, REPO, kill_ranks, run_ranks
 
@@ -53,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         torch.nn.init.normal_(parameter, std=0.1)
     about = export.Description(
         model=sizes, latent_shape=(4, SIZE, SIZE), scaling_factor=0.5, shift_factor=0.0,
-        image_size=SIZE, class_names=[str(i) for i in range(30)], num_timesteps=1000, step=7,
+        image_size=SIZE, class_names=[str(i) for i in range(30)], objective=Objective(), step=7,
         vae=str(folder / "vae"), vae_sha256=latents.vae_hash(latents.load_vae(folder / "vae")),
         dataset="tests", images_seen=84,
     )  # fmt: skip
@@ -108,6 +109,28 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
     if "29" in choice:
         assert labels.tolist() == [0, 0, 0, 1, 1, 1, 29, 29, 29]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "sde", "dpm++"])
+def test_flows_are_sampled_alike_on_any_number_of_ranks(
+    source: list[str], tmp_path: Path, sampler: str
+) -> None:
+    trained = export.load(Path(source[1]))
+    sizes = trained.about.model.model_copy(update={"learn_sigma": False})
+    torch.manual_seed(0)
+    model = DiT(**sizes.model_dump())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    about = trained.about.model_copy(update={"model": sizes, "objective": Objective(name="flow")})
+    export.save(export.Weights(model.state_dict(), about), tmp_path / "flow.safetensors")
+    options = [] if sampler == "euler" else ["--sampler", sampler]  # it is the default
+    files = []
+    for world in (1, 2):
+        arguments = ["--weights", str(tmp_path / "flow.safetensors"), "--steps", "3", *options]
+        arguments += ["--num-images", "6", "--batch-size", "4", *outputs(tmp_path)]
+        assert f"{sampler} 3 steps" in run_ranks(world, told_by, *arguments)[0]
+        files.append((tmp_path / "x.npz").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_batch_size_changes_no_more_than_rounding(source: list[str], tmp_path: Path) -> None:
@@ -272,6 +295,8 @@ def test_idle_ranks_are_told_of(source: list[str], tmp_path: Path) -> None:
         (["--classes", "a"], "expected numbers and ranges"),
         (["--classes", "9-2,3"], "--classes 9-2,3: 9-2 is empty; write 2-9"),
         (["--steps", "0"], "steps=0"),
+        (["--sampler", "heun"], "sampler=heun has no meaning for a model of objective.name=ddpm"),
+        (["--eta", "0.5"], "choose sampler=ddim"),
         (["--per-class", "0"], "--per-class 0"),
         (["--num-images", "0", "--npz", "x.npz"], "--num-images 0"),
         (["--num-images", "9"], "give --npz FILE for all of them"),

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dit_ds import config, optim
+from dit_ds.ddpm import DDPM
 from dit_ds.latents import LatentSpace
 from dit_ds.loader import Loader, Split
 from dit_ds.manifest import Folder, Manifest
 from dit_ds.models import DiT
-from dit_ds.objectives import DDPM
 from dit_ds.rundir import describe
 from dit_ds.settings import Config, Optimizer
 from tests import runs

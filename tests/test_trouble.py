@@ -159,6 +159,7 @@ def test_a_disk_too_full_for_metrics_does_not_end_the_training(tiny: dict[str, A
     ("override", "sentence"),
     [
         (["preview.every=2", "preview.steps=5000"], "preview.steps=5000 exceeds the 1000"),
+        (["preview.every=2", "preview.sampler=sde"], "preview.sampler=sde has no meaning for a"),
         (["preview.every=2", "preview.vae=nowhere/to/be/found"], "preview.vae=nowhere"),
     ],
 )

@@ -34,9 +34,9 @@ def other(tiny: dict[str, Any], tmp_path: Path) -> Path:
 def values_of(tiny: dict[str, Any], ds: str, other: str, micro: int) -> dict[str, float]:
     """Evaluate a run's newest checkpoint in this world."""
     from dit_ds import config, restore, rundir, train, zero_config
+    from dit_ds.ddpm import DDPM
     from dit_ds.latents import LatentSpace
     from dit_ds.loader import Split
-    from dit_ds.objectives import DDPM
     from dit_ds.validation import Validation
 
     distributed.init()
@@ -55,7 +55,7 @@ def values_of(tiny: dict[str, Any], ds: str, other: str, micro: int) -> dict[str
     def loss(model: Any, micro: Any) -> dict[str, torch.Tensor]:
         return objective.loss(model, space.sample(micro.moments, micro.posterior), micro)
 
-    validation = Validation(cfg, Folder(other), manifest)
+    validation = Validation(cfg, Folder(other), manifest, DDPM.losses)
     values = validation.losses(engine, loss)
     assert validation.losses(engine, loss) == values
     distributed.shutdown()
@@ -152,6 +152,7 @@ def test_both_parts_of_a_split_of_others_shards_can_be_used(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     from dit_ds import adopt, config
+    from dit_ds.ddpm import DDPM
     from dit_ds.split import split
     from dit_ds.validation import Validation
 
@@ -165,7 +166,7 @@ def test_both_parts_of_a_split_of_others_shards_can_be_used(
     training, part = split(theirs, 0.2)  # the only tar is cut: two indices of the same bytes
     overrides = [f"data.path={theirs}", f"validation.path={theirs / 'validation'}"]
     cfg = config.load(str(tiny["recipe"]), overrides)
-    validation = Validation(cfg, Folder(theirs / "validation"), training)
+    validation = Validation(cfg, Folder(theirs / "validation"), training, DDPM.losses)
     seen = validation._samples.read_fixed(np.arange(4), 4).moments[:, 0, 0, 0].tolist()
     kept = Samples(Folder(theirs), training, seed=0, flip=0.0)
     rest = kept.read_fixed(np.arange(16), 16).moments[:, 0, 0, 0].tolist()

@@ -72,6 +72,13 @@ def test_partitions_must_fit_the_hosts(
         ),
         (
             {
+                "zero_optimization": {"stage": 2},
+                "fp16": {"enabled": True, "auto_cast": True},
+            },
+            "fp16.auto_cast=true would round the times of flow matching",
+        ),
+        (
+            {
                 "zero_optimization": {"stage": 3, "zero_quantized_gradients": True},
                 "bf16": {"enabled": True},
                 "communication_data_type": "fp32",

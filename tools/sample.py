@@ -14,12 +14,14 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from dit_ds import distributed, export, latents, sampling
-from dit_ds.samplers import SamplerSettings, check
+from dit_ds.samplers import SamplerSettings, check, default_sampler
 from dit_ds.sampling import GRID_SIDE
+from dit_ds.settings import Sampler
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cfg-scale", type=float, default=1.5, metavar="S", help="1: no guidance")
     parser.add_argument("--cfg-channels", type=int, metavar="N", help="3: as published; all")
     parser.add_argument("--guidance-interval", default="0,1", metavar="LOW,HIGH")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm")
+    parser.add_argument(
+        "--sampler", choices=get_args(Sampler), help="default: ddpm, or euler where that was a flow"
+    )
     parser.add_argument("--steps", type=int, default=250, metavar="N")
     parser.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,8 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
             weights = export.from_run(args.run)
         about = weights.about
         with distributed.agreed():
+            objective = sampling.objective_of(about)
             settings = SamplerSettings(
-                sampler=args.sampler,
+                sampler=args.sampler or default_sampler(objective),
                 steps=args.steps,
                 eta=args.eta,
                 cfg_scale=args.cfg_scale,
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
                 seed=args.seed,
                 batch_size=args.batch_size,
             )
-            check(settings, latent_shape=about.latent_shape, num_timesteps=about.num_timesteps)
+            check(settings, objective, latent_shape=about.latent_shape)
             classes = parse_choice(args, about)
             num = args.num_images or len(classes) * args.per_class
             if distributed.is_main():
@@ -99,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     if distributed.is_main():
         seconds = time.perf_counter() - began
         print(
-            f"{args.out}: {num_shown} images of step {about.step}, {args.sampler} {args.steps} "
-            f"steps, guidance {args.cfg_scale}, {seconds:.1f} s"
+            f"{args.out}: {num_shown} images of step {about.step}, {settings.sampler} "
+            f"{args.steps} steps, guidance {args.cfg_scale}, {seconds:.1f} s"
         )
         if args.npz:
             print(f"{args.npz}: all {len(labels)} images, arr_0, and their labels")
