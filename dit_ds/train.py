@@ -347,7 +347,7 @@ def announce(
     num_parameters = sum(map(_numel, zero.parameter_shapes(engine).values()))
     say = distributed.print_main
     say(
-        f"{cfg.model.name or 'DiT'} with {num_parameters / 1e6:.1f} M parameters, "
+        f"{cfg.model.name or 'DiT'} with {num_parameters:,} parameters, "
         f"{zero_config.precision(ds_config)}, ZeRO stage {engine.zero_optimization_stage()}"
     )
     say(

@@ -151,9 +151,10 @@ HOUSE |= {
     "link": {"hosts", "line", "processes"},
     "fleet": {"console", "diagnosis", "hosts", "link"},
     "preflight": {"comparison", "files", "fleet", "hosts"},
+    "run_folder": {"files"},
     "supervisor": {
         *("beats", "cluster_env", "command_line", "console", "files", "fleet", "hosts"),
-        "preflight",
+        *("preflight", "run_folder"),
     },
 }
 HOUSE["benchmark_network"] = {"benchmark", "distributed", "network", "zero"}
@@ -171,6 +172,7 @@ KNOWS_TORCH_NOT = {
 KNOWS_TORCH_NOT |= {"settings", "transfer", "remote", "profiles"}
 KNOWS_TORCH_NOT |= {"line", "processes", "hosts", "route", "diagnosis", "comparison", "facts"}
 KNOWS_TORCH_NOT |= {"agent", "link", "fleet", "preflight", "supervisor", "beats", "command_line"}
+KNOWS_TORCH_NOT |= {"run_folder"}
 MODULES = sorted((REPO / "dit_ds").glob("[!_]*.py"))
 
 
