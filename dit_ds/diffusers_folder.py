@@ -11,8 +11,10 @@ diffusers' own class is exact only for chosen timesteps: see `fold_timesteps`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +69,7 @@ def save(
         fold_timesteps(state, timesteps)
         del state["pos_embed.pos_embed"]
     transformer = _transformer(about, state, exact=num_steps is None)
-    with files.atomic_path(folder) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.mkdir(parents=True)
+    with _new_folder(folder) as temporary:
         transformer.save_pretrained(temporary / "transformer", max_shard_size="1000GB")
         scheduler.save_pretrained(temporary / "scheduler")
         told = _vae_told(about, latents.vae_hash(decoder))
@@ -87,6 +85,24 @@ def save(
             (temporary / DESCRIPTION).write_text(about.to_json())
         else:
             _write_json(temporary / FOLDED, timesteps)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that appears under its name when it is whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.rglob("*.safetensors"):
+            files.usual_permissions(path)
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it would not have come to this
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def load(folder: Path, unsaid: Unsaid) -> Weights:

@@ -328,6 +328,12 @@ def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"name FILE\.safetensors"):
         exchange.write(weights(vae), tmp_path / "x.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "empty").mkdir()
+    exchange.write(weights(vae), tmp_path / "empty")
+    exchange.write(weights(vae), tmp_path / "new")
+    usual = (tmp_path / "there").stat().st_mode, (tmp_path / "there" / "thesis.tex").stat().st_mode
+    for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:  # others may read them
+        assert path.stat().st_mode == usual[path.is_file()], path
 
 
 def test_the_tool_writes_any_layout(
