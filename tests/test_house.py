@@ -157,6 +157,12 @@ HOUSE |= {
         *("preflight", "run_folder"),
     },
 }
+HOUSE["benchmark_digits"] = {
+    *("archive", "config", "curvature", "digits", "distributed", "export", "extract", "files"),
+    *("latents", "loader", "manifest", "objectives", "rundir", "samplers", "sampling", "train"),
+    "zero",
+}
+HOUSE["benchmark_samplers"] = {"benchmark_digits", "latents", "samplers"}
 HOUSE["benchmark_network"] = {"benchmark", "distributed", "network", "zero"}
 KNOWS_DEEPSPEED = {"train", "zero", "distributed"}
 KNOWS_TORCH_NOT = {

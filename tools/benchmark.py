@@ -5,15 +5,23 @@ python tools/benchmark.py precompute   # encoding images: ours against the bare 
 python tools/benchmark.py order        # finding a step's samples among a billion
 python tools/benchmark.py checkpoint   # saving: how long training waits, and the disk's bandwidth
 launch/run.sh --num_gpus 2 tools/benchmark.py network   # links, and what each ZeRO stage sends
+
+python tools/benchmark.py digits --repeats 3       # the modern recipe against the published one
+python tools/benchmark.py optimizers --repeats 3   # Sophia-G against AdamW, both tuned
+python tools/benchmark.py sophia                   # what Sophia-G costs: time and state
+python tools/benchmark.py samplers --repeats 3     # quality by sampler and model calls, with a plot
+These four train on the digits, in --work, which is kept: the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 
-from dit_ds import benchmark, benchmark_network, distributed
+from dit_ds import benchmark, benchmark_digits, benchmark_network, benchmark_samplers, distributed
 
 WHAT: dict[str, Callable[..., dict[str, float]]] = {
     "loader": benchmark.loader,
@@ -22,17 +30,29 @@ WHAT: dict[str, Callable[..., dict[str, float]]] = {
     "checkpoint": benchmark.checkpoint,
     "network": benchmark_network.measure,
 }
+DIGITS: dict[str, Callable[..., dict[str, float]]] = {
+    "digits": benchmark_digits.digits_learned,
+    "optimizers": benchmark_digits.optimizers,
+    "sophia": benchmark_digits.sophia_cost,
+    "samplers": benchmark_samplers.samplers,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=WHAT)
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="medians are of N")
+    parser.add_argument("what", choices=[*WHAT, *DIGITS])
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="medians are of N; of digits, seeds"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="of digits"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     args = parser.parse_args(arguments)
+    measure = WHAT.get(args.what) or functools.partial(DIGITS[args.what], args.work.resolve())
     try:
-        found = WHAT[args.what](repeats=args.repeats)
+        found = measure(repeats=args.repeats)
     except ValueError as e:
         distributed.exit_with(e)
     if distributed.is_main():
