@@ -138,7 +138,7 @@ def _known(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _known(field.annotation, f"{prefix}{key}.")
-        yield prefix + key
+        yield prefix + (field.alias or key)
 
 
 _KNOWN = set(_known(Config))

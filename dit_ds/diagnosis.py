@@ -17,6 +17,7 @@ _CONSEQUENCE = re.compile(
     r"Connection (reset|closed|refused)|closed by peer|Broken pipe|Timed out waiting|"
     r"DistNetworkError|DistBackendError|remote process exited|Socket closed"
 )
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Event:
     """Something that ends an attempt, in order of arrival."""
 
     kind: str
-    """`ended` (not with 0), `stalled`, `lost` (a host), or `unable` (to start)."""
+    """`ended`, `stalled`, `lost` (a host), or `unable` (to start)."""
     host: str
     rank: int | None = None
     code: int = 0
@@ -34,14 +35,28 @@ class Event:
     """What its agent saw of the rank last: phase, step, doing, quiet, state, number (of beats)."""
 
 
-def first(events: Sequence[Event], ranks: Sequence[tuple[str, dict[str, Any]]]) -> Event:
-    """The cause among the events; `ranks` is what was seen last of each rank, with its host."""
+def first(
+    events: Sequence[Event],
+    ranks: Sequence[tuple[str, dict[str, Any]]],
+    left: Sequence[Event] = (),
+) -> Event:
+    """The cause among the events.
+
+    ranks: what was seen last of each rank, with its host. left: ranks that had ended with 0 before.
+    """
     ended = [e for e in events if e.kind == "ended"]
     killed = [e for e in ended if e.code < 0 and -e.code not in (signal.SIGTERM, signal.SIGABRT)]
+    own = [e for e in ended if e.code > 0 and not _CONSEQUENCE.search(e.tail)]
+    if own:  # a process may also crash as it ends for another's error
+        before = ended[: ended.index(own[0])]
+        killed = [e for e in killed if -e.code not in _CRASHES or e in before]
+    # All that failed missed another: one that left in peace.
+    missed = ended and not own and all(e.code > 0 for e in ended)
     for kind in (
         killed,
         [e for e in events if e.kind in ("lost", "unable")],
-        [e for e in ended if e.code > 0 and not _CONSEQUENCE.search(e.tail)],
+        own,
+        left if missed else [],
         ended,
     ):
         if kind:
@@ -71,6 +86,8 @@ def sentence(event: Event, limits: dict[str, float]) -> str:
         if event.code < 0:
             name = signal.Signals(-event.code).name if -event.code < 65 else str(-event.code)
             return f"{where} was killed by {name}{at}{f'; {event.why}' if event.why else ''}"
+        if event.code == 0:
+            return f"{where} ended with exit code 0 before the others{at}"
         last = next((line for line in reversed(event.tail.splitlines()) if line.strip()), "")
         return f"{where} ended with exit code {event.code}{at}{f': {last.strip()}' if last else ''}"
     phase = seen["phase"]

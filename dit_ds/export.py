@@ -60,7 +60,9 @@ class Description(Strict):
     """What one must know to use the weights; the JSON file beside them.
 
     latent_shape: (C, H, W). image_size: pixels of the shorter side. vae: the name it was asked for
-    by. ema_length: of the average, where it was made after the training.
+    by. ema_length: of the average, where it was made after the training; ema_decay: of the plain
+    one. metrics: what was measured at this step. Unknown of foreign weights: ema_decay, and where
+    they are empty, vae_sha256 and dataset; then step and images_seen, which are 0, are too.
     """
 
     model: Sizes
@@ -76,6 +78,8 @@ class Description(Strict):
     step: int
     images_seen: int
     ema_length: float | None = None
+    ema_decay: float | None = None
+    metrics: dict[str, float] = {}
     format: int = FORMAT
 
     @pydantic.model_validator(mode="after")
@@ -88,6 +92,10 @@ class Description(Strict):
         if self.objective.name == "flow" and sizes.learn_sigma:
             raise ValueError("the model has a variance, which flow matching does not learn")
         return self
+
+    def to_json(self) -> str:
+        """What `describe` reads."""
+        return json.dumps(self.model_dump(), indent=1) + "\n"
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -113,9 +121,21 @@ class Weights:
         Raises:
             ValueError: the weights are not those of such a model.
         """
-        model = _model(self.about, _shapes(self.state), f"step {self.about.step}")
+        model = self.check(f"step {self.about.step}")
         model.load_state_dict(self.state, strict=True, assign=True)
         return model.to(device).eval()
+
+    def check(self, source: str) -> DiT:
+        """The described model on the meta device.
+
+        Raises:
+            ValueError: names `source`, and the first tensor that is not one of float32 and of the
+                shape in such a model.
+        """
+        model = _model(self.about, _shapes(self.state), source)
+        if any(tensor.dtype != torch.float32 for tensor in self.state.values()):
+            raise ValueError(f"{source}: its tensors are not all float32, as they were written")
+        return model
 
 
 def from_run(run: Path, *, ema_length: float | None = None) -> Weights:
@@ -136,13 +156,14 @@ def from_run(run: Path, *, ema_length: float | None = None) -> Weights:
             f"--run {run}: no checkpoint yet; train until the first one is saved"
         )
     with distributed.agreed():
-        about = _description(found.index.about.get("weights"), str(found.path))
+        about = describe(found.index.about.get("weights"), str(found.path))
+        about = about.model_copy(update=_training(found))
         parameters = found.index.parameters
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         _model(about, shapes | archive.module_shapes(found), str(found.path))
         state = {name: tensor.float() for name, tensor in archive.unsharded(found).items()}
         if ema_length is not None:
-            about = about.model_copy(update={"ema_length": ema_length})
+            about = about.model_copy(update={"ema_length": ema_length, "ema_decay": None})
             return Weights(state | posthoc.average(found, run / "ema", ema_length), about)
         # Before the first step that was applied the average is the weights themselves.
         key = "ema" if "ema" in found.index.keys else archive.MASTER
@@ -160,8 +181,7 @@ def save(weights: Weights, path: Path) -> None:
             save_file({k: v.contiguous() for k, v in weights.state.items()}, temporary)
     except SafetensorError as e:
         raise OSError(f"{path}: {e}") from e
-    about = json.dumps(weights.about.model_dump(), indent=1) + "\n"
-    files.write_atomically(path.with_suffix(".json"), about)
+    files.write_atomically(path.with_suffix(".json"), weights.about.to_json())
 
 
 def load(path: Path) -> Weights:
@@ -173,7 +193,7 @@ def load(path: Path) -> Weights:
     _check_suffix(path)
     beside = path.with_suffix(".json")
     try:
-        about = _description(json.loads(beside.read_bytes()), str(beside))
+        about = describe(json.loads(beside.read_bytes()), str(beside))
         state = load_file(path)
     except OSError as e:
         raise ValueError(f"--weights {path}: cannot read {e.filename or path}") from e
@@ -181,10 +201,9 @@ def load(path: Path) -> Weights:
         raise ValueError(
             f"--weights {path}: damaged, or not of tools/export.py ({e!s:.300})"
         ) from e
-    _model(about, _shapes(state), f"--weights {path}")
-    if any(tensor.dtype != torch.float32 for tensor in state.values()):
-        raise ValueError(f"--weights {path}: its tensors are not all float32, as they were written")
-    return Weights(state, about)
+    weights = Weights(state, about)
+    weights.check(f"--weights {path}")
+    return weights
 
 
 def _check_suffix(path: Path) -> None:
@@ -192,7 +211,8 @@ def _check_suffix(path: Path) -> None:
         raise ValueError(f"{path}: weights are one .safetensors file; give that name")
 
 
-def _description(tree: Any, source: str) -> Description:
+def describe(tree: Any, source: str) -> Description:
+    """A description out of JSON; a ValueError names `source` and the fault."""
     if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{source}: format {tree['format']!r:.20}, this version reads {FORMAT}")
     if isinstance(tree, dict) and "objective" not in tree and "num_timesteps" in tree:
@@ -204,6 +224,15 @@ def _description(tree: Any, source: str) -> Description:
     except pydantic.ValidationError as e:
         fault = fault_of(e)
         raise ValueError(f"{source}: not a description of weights ({fault})") from e
+
+
+def _training(found: archive.Checkpoint) -> dict[str, Any]:
+    """What the checkpoint tells of the training, beside the description."""
+    cfg = found.index.about.get("config")
+    optimizer = cfg.get("optimizer") if isinstance(cfg, dict) else None
+    decay = optimizer.get("ema_decay") if isinstance(optimizer, dict) else None
+    known = isinstance(decay, float) and "ema" in found.index.keys
+    return {"ema_decay": decay if known else None, "metrics": dict(found.index.metrics)}
 
 
 def _model(about: Description, state: Shapes, source: str) -> DiT:

@@ -172,6 +172,7 @@ class Fleet:
         silence = limits.get("step", 60.0)
         self.limit(silence)  # before the ranks start, which get it too
         events = self._start(job)
+        left: list[Event] = []  # with 0
         running = {link.host.name: len(link.host.slots) for link in self._links}
         deadline = float("inf")
         while any(running.values()) and not asked.now and time.monotonic() < deadline:
@@ -179,6 +180,7 @@ class Fleet:
                 for message in self._events(link):
                     if message.get("event") == "ended" and message["code"] == 0:
                         running[link.host.name] -= 1
+                        left.append(_event(link, message))
                     elif "event" in message:
                         events.append(_event(link, message))
                 lost = link.line.closed or link.line.silent > silence
@@ -204,7 +206,7 @@ class Fleet:
         ranks = self._gather(events)
         if events[0].kind in ("stopped", "late"):
             return Outcome(1, events[0].why or "ended at once, as asked twice")
-        cause = diagnosis.first(events, ranks)
+        cause = diagnosis.first(events, ranks, left)
         step = int(cause.seen["step"]) if cause.seen else max([s["step"] for _, s in ranks] or [0])
         # Later it is not a setting: a shard that cannot be read, perhaps only now.
         at_start = cause.seen.get("phase", "start") == "start"

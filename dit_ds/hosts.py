@@ -64,9 +64,14 @@ def read(path: Path) -> list[Host]:
         line = line.partition("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*([1-9]\d{0,3})", line)
+        match = re.fullmatch(r"(\S+)\s+slots\s*=\s*(0|[1-9]\d{0,3})", line)
         if not match or match[1].startswith("-"):
             raise ValueError(f"--hostfile {path}, line {number}: {line!r} is not {_LINE}")
+        if int(match[2]) == 0:
+            raise ValueError(
+                f"--hostfile {path}, line {number}: {match[1]} has slots=0; write how many ranks "
+                "it shall have, or take the line out (--exclude leaves a machine out for once)"
+            )
         if match[1] in found:
             raise ValueError(
                 f"--hostfile {path}, line {number}: {match[1]} stands there twice; give all its "
@@ -130,13 +135,19 @@ def first(hosts: Sequence[Host], *, nodes: int | None, slots: int | None) -> lis
     """
     if nodes is not None:
         if not 1 <= nodes <= len(hosts):
-            raise ValueError(f"--num_nodes {nodes}: there are {len(hosts)} machines")
+            raise ValueError(
+                f"--num_nodes {nodes}: there are {len(hosts)} machines; choose 1 to {len(hosts)}, "
+                "or leave the option out for all"
+            )
         hosts = hosts[:nodes]
     if slots is None:
         return list(hosts)
     for host in hosts:
         if not 1 <= slots <= len(host.slots):
-            raise ValueError(f"--num_gpus {slots}: {host.name} has {len(host.slots)} slots")
+            raise ValueError(
+                f"--num_gpus {slots}: {host.name} has {len(host.slots)} slots; choose 1 to "
+                f"{len(host.slots)}, or leave the option out for all"
+            )
     return [Host(host.name, host.slots[:slots]) for host in hosts]
 
 

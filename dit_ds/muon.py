@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dit_ds import distributed, zero
+from dit_ds import distributed, optim, zero
 from dit_ds.optim import Averaging
 from dit_ds.settings import Optimizer
 
@@ -239,12 +239,6 @@ def build(
     return Muon(
         [p for name, p in named if name in hidden],
         [p for name, p in named if name not in hidden],
-        lr=settings.lr,
         momentum=settings.momentum,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        ema_decay=settings.ema_decay,
-        ema_lengths=ema_lengths,
-        max_grad_norm=settings.gradient_clipping if zero_stage == 0 else None,
+        **optim.common(settings, zero_stage=zero_stage, ema_lengths=ema_lengths),
     )

@@ -205,7 +205,18 @@ def build(
 
     ema_lengths: of the two averages that are kept beside the plain one, or none.
     """
-    common: dict[str, Any] = {
+    shared = common(settings, zero_stage=zero_stage, ema_lengths=ema_lengths)
+    if settings.name == "sophiag":
+        assert settings.rho is not None
+        return SophiaG(params, rho=settings.rho, **shared)
+    return AdamW(params, **shared)
+
+
+def common(
+    settings: Optimizer, *, zero_stage: int, ema_lengths: tuple[float, ...]
+) -> dict[str, Any]:
+    """What every optimizer takes from a configuration."""
+    return {
         "lr": settings.lr,
         "betas": settings.betas,
         "eps": settings.eps,
@@ -214,10 +225,6 @@ def build(
         "ema_lengths": ema_lengths,
         "max_grad_norm": settings.gradient_clipping if zero_stage == 0 else None,
     }
-    if settings.name == "sophiag":
-        assert settings.rho is not None
-        return SophiaG(params, rho=settings.rho, **common)
-    return AdamW(params, **common)
 
 
 def learning_rate(settings: Optimizer, step: int, *, num_steps: int) -> float:

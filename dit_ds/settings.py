@@ -20,7 +20,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class Data(Section):
@@ -85,6 +87,14 @@ class Model(Section):
                 + ", ".join(f"model.{k}" for k in sizes)
             )
         return self
+
+
+class Init(Section):
+    """What the weights of a new run start from. A run that is resumed goes on from its own."""
+
+    from_: str = Field(default="", alias="from")
+    """An export, a run, a `.pt` file in the published layout, or a diffusers folder; empty for the
+    initial values of the paper."""
 
 
 class Objective(Section):
@@ -296,6 +306,7 @@ class Config(Section):
     seed: int = 0
     data: Data = Data()
     model: Model
+    init: Init = Init()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     post_hoc_ema: PostHocEMA = PostHocEMA()

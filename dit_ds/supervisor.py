@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from dit_ds import cluster_env, command_line, files, hosts, preflight
+from dit_ds import cluster_env, command_line, files, hosts, preflight, run_folder
 from dit_ds.beats import PHASES
 from dit_ds.console import show
 from dit_ds.fleet import Asked, Fleet, Job, Outcome
@@ -30,7 +29,6 @@ from dit_ds.fleet import Asked, Fleet, Job, Outcome
 _TIMEOUTS = dict(zip(PHASES, (900.0, 1800.0, 120.0, 600.0, 900.0), strict=True))
 _SAME_FAILURES = 3
 _TWICE_SECONDS = 0.5
-_LAG_SECONDS = 60.0  # that a shared file system may take to show another host's file
 ENVIRONMENT = Path(__file__).parents[1] / "launch" / "cluster.env"
 
 
@@ -87,14 +85,14 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
     limits = {phase: getattr(options, f"{phase}_timeout") for phase in PHASES}
     environment = cluster_env.environment_of(options.env_file)
     # Held to the end: nobody else starts ranks in the run directory.
-    held = hold(target.run, options.node_rank) if target.run else None
+    held = run_folder.hold(target.run, options.node_rank) if target.run else None
     port = 0 if wanted.first_rank else options.master_port  # to be free on rank 0's machine
-    failures: list[Failure] = []
-    code = 0
+    failures: list[Failure] = []  # since something was saved
+    code, again = 0, False
     while True:
         with Fleet(wanted.hosts, slurm=wanted.slurm) as fleet:
-            if fit(fleet, target, environment, port=port, again=bool(failures)):
-                logs = new_logs(target.logs)
+            if fit(fleet, target, environment, port=port, again=again):
+                logs = run_folder.new_logs(target.logs)
                 names = ", ".join(host.name for host in fleet.hosts)
                 say(f"{fleet.world_size} ranks on {names}; logs in {logs}")
                 job = Job(
@@ -107,11 +105,11 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                     first_rank=wanted.first_rank,
                     world_size=wanted.world_size,
                 )
-                before = marker(target.run)
+                before = run_folder.marker(target.run)
                 outcome = fleet.run(job, asked, save_seconds=options.save_timeout)
-                if outcome.code == 0 and not ended_well(target.run, before):
+                if outcome.code == 0 and not run_folder.ended_well(target.run, before):
                     outcome = Outcome(1, "all ranks ended with 0, but the run is not done")
-                elif outcome.code and marker(target.run) not in ("", before):
+                elif outcome.code and run_folder.marker(target.run) not in ("", before):
                     say(f"the run was done before this: {outcome.why}")
                     outcome = Outcome(0)
                 stopped = asked.stop and outcome.cause and outcome.cause.code == -signal.SIGTERM
@@ -122,7 +120,9 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
                     tell(outcome, logs)
                 for what in fleet.end():
                     say(f"could not be killed, on {what}")
-            elif not failures:  # nobody has seen these hosts work, so a restart would be a guess
+            elif not again:  # nobody has seen these hosts work, so a restart would be a guess
+                if held:
+                    run_folder.unmake(held)
                 return 1
             else:
                 outcome = Outcome(1, "there are no hosts to start on")
@@ -130,10 +130,11 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
         cause = outcome.cause
         if outcome.code == 0:
             break
-        failures.append(Failure(outcome, saved_step(target.run)))
+        failures = in_a_row(failures, Failure(outcome, run_folder.saved_step(target.run)))
         # What a user did wrong shows at the first attempt; later it is a port that was taken, or
         # `train.expect_ranks` while a host is away.
-        mistake = outcome.code == 2 and len(failures) == 1
+        mistake = outcome.code == 2 and not again
+        again = True
         if mistake or asked.stop or len(failures) > options.max_restarts:
             code = outcome.code
             break
@@ -148,7 +149,8 @@ def supervise(options: argparse.Namespace, target: Target) -> int:
         while time.monotonic() < over and not asked.stop:
             time.sleep(0.1)
         if asked.stop:
-            code = 1
+            say("stopped as asked, before the restart")
+            code = 0 if target.run else 1
             break
     if asked.stop and code != 2:  # also where saving failed: it goes on from the last checkpoint
         requeue()
@@ -182,24 +184,6 @@ def fit(
     return False
 
 
-def marker(run: Path | None) -> str:
-    """What the last training that came to its end here has left to say so."""
-    try:
-        return (run / "done.json").read_text() if run else ""
-    except OSError:
-        return ""
-
-
-def ended_well(run: Path | None, before: str, *, seconds: float = _LAG_SECONDS) -> bool:
-    """Whether the training itself says that it is done; ranks that end with 0 are no proof."""
-    over = time.monotonic() + seconds
-    while run and marker(run) in ("", before):
-        if time.monotonic() > over:
-            return False
-        time.sleep(0.2)
-    return True
-
-
 def tell(outcome: Outcome, logs: Path) -> None:
     """How an attempt failed, with the last words of the rank that did first."""
     if outcome.code == 0:
@@ -209,6 +193,11 @@ def tell(outcome: Outcome, logs: Path) -> None:
     if cause and cause.tail and outcome.code != 2:  # what a user did wrong, rank 0 has said
         say(f"the end of {logs}/rank-{cause.rank:05d}.log:")
         show("".join(f"    {line}\n" for line in cause.tail.splitlines()))
+
+
+def in_a_row(failures: Sequence[Failure], last: Failure) -> list[Failure]:
+    """The failures that count towards `--max-restarts`: a run that gets on between them goes on."""
+    return [*(f for f in failures if f.saved >= last.saved), last]
 
 
 def hopeless(failures: Sequence[Failure]) -> str:
@@ -228,52 +217,11 @@ def hopeless(failures: Sequence[Failure]) -> str:
     )
 
 
-def saved_step(run: Path | None) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
-    try:
-        return int((run / "checkpoints" / "latest").read_text().split("-")[-1]) if run else 0
-    except (OSError, ValueError):
-        return 0
-
-
 def requeue() -> None:
     """Under Slurm, a job that was stopped (preempted, or out of time) comes back."""
     if job := os.environ.get("SLURM_JOB_ID"):
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         say(done.stderr.strip() if done.returncode else f"Slurm job {job} is queued again")
-
-
-def hold(run: Path, node_rank: int | None) -> object:
-    """The run directory for this supervisor alone.
-
-    Raises:
-        ValueError: another one runs there, or it cannot be made.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        return files.lock(
-            run / (".supervisor" if node_rank is None else f".supervisor-{node_rank}")
-        )
-    except OSError as e:
-        raise ValueError(f"--run {run} cannot be locked: {e}; choose another storage") from e
-    except ValueError as e:
-        raise ValueError(
-            f"--run {run}: {e}; end that training first (SIGTERM to it), or choose another run "
-            "directory"
-        ) from e
-
-
-def new_logs(folder: Path) -> Path:
-    """A new folder `attempt-NNNN` in it."""
-    found = [re.fullmatch(r"attempt-(\d+)", path.name) for path in folder.glob("attempt-*")]
-    number = max([int(match[1]) for match in found if match], default=0) + 1
-    while True:
-        logs = folder / f"attempt-{number:04d}"
-        try:
-            logs.mkdir(parents=True)
-            return logs
-        except FileExistsError:  # of another machine that is started by hand
-            number += 1
 
 
 def say(message: str) -> None:
@@ -341,7 +289,13 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, Target]:
     add("--master_addr", default="", metavar="HOST", help="where rank 0 is met (default: found)")
     add("--master_port", type=int, default=0, metavar="PORT", help="default: a free one")
     add("--force_multi", action="store_true", help="nothing: one remote machine is used as such")
-    add("--max-restarts", type=int, default=0, metavar="N", help="start again after N failures")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after N failures in a row",
+    )
     for phase, seconds in _TIMEOUTS.items():
         what = f"longest without progress in phase {phase} (default: {seconds:g})"
         add(f"--{phase}-timeout", type=float, default=seconds, metavar="SECONDS", help=what)

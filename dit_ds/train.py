@@ -36,6 +36,7 @@ from dit_ds import (
     restore,
     retention,
     rundir,
+    warmstart,
     zero,
     zero_config,
 )
@@ -125,12 +126,18 @@ def train(
         world_size=distributed.world_size(),
         micro_batch=cfg.train.micro_batch_size,
     )
+    start = None
+    if cfg.init.from_ and found is None:
+        start = warmstart.read(cfg.init.from_, about["weights"], seed=cfg.seed)
     with distributed.agreed():
         held = held or rundir.claim(run)  # what was refused above has made no folder
     with distributed.agreed():
         engine = build_engine(cfg, ds_config, split, about["weights"]["model"])
     if found is not None:
         restore.load(engine, found)
+    if start is not None:
+        warmstart.load(engine, start)
+        start = None  # a whole copy of the weights
     announce(cfg, ds_config, run, split, state, engine)
     space = LatentSpace(manifest.scaling_factor, manifest.shift_factor)
     device = distributed.device()
@@ -340,7 +347,7 @@ def announce(
     num_parameters = sum(map(_numel, zero.parameter_shapes(engine).values()))
     say = distributed.print_main
     say(
-        f"{cfg.model.name or 'DiT'} with {num_parameters / 1e6:.1f} M parameters, "
+        f"{cfg.model.name or 'DiT'} with {num_parameters:,} parameters, "
         f"{zero_config.precision(ds_config)}, ZeRO stage {engine.zero_optimization_stage()}"
     )
     say(

@@ -36,9 +36,15 @@ _forkserver.set_forkserver_preload(
         # What DeepSpeed and torch's optimizers would import at their first use, for seconds.
         "torch._dynamo",
         "torch._inductor.compile_fx",
+        "torch._subclasses.schema_check_mode",
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "deepspeed.module_inject.auto_ep_layer",
+        "numpy.ma",
+        "numpy.ctypeslib",
         "diffusers",
         "tests.conftest",
+        "tests.warm",
     ]
 )
 
@@ -99,11 +105,16 @@ FP32 = {"zero_optimization": {"stage": 2}}
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
     """A tiny recipe on disk with its data: {"recipe", "run", "tree"}."""
-    make_latents(tmp_path / "latents")
+    return make_tiny(tmp_path)
+
+
+def make_tiny(folder: Path) -> dict[str, Any]:
+    """What `tiny` is, in a folder of one's own."""
+    make_latents(folder / "latents")
     tree = yaml.safe_load(yaml.safe_dump(TINY))
-    tree["data"]["path"] = str(tmp_path / "latents")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    return {"recipe": tmp_path / "tiny.yaml", "run": tmp_path / "run", "tree": tree}
+    tree["data"]["path"] = str(folder / "latents")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return {"recipe": folder / "tiny.yaml", "run": folder / "run", "tree": tree}
 
 
 def run_ranks(

@@ -117,7 +117,7 @@ def mean_estimate(ds_config: dict[str, Any], micro_steps: int, num_estimates: in
 
 @pytest.mark.parametrize(
     ("stage", "world", "micro_steps"),
-    [(0, 2, 3), (1, 2, 1), (2, 1, 3), (2, 2, 3), (3, 1, 1), (3, 2, 3)],
+    [(0, 2, 3), (1, 2, 1), (2, 2, 3), (3, 1, 1), (3, 2, 3)],
 )
 def test_the_mean_of_many_estimates_is_the_diagonal_gauss_newton_matrix(
     stage: int, world: int, micro_steps: int

@@ -44,10 +44,22 @@ LOST = Event("lost", "n2", why="not heard for 121 s")
         ([RESET, LOST, ended(1, 1, "ValueError: x")], None),
         ([stalled(0), RESET, ended(1, -11)], 1),
         ([RESET, ended(1, 1, "Socket closed")], 0),
+        # Crashes while others' errors end them, and one that is the error.
+        ([ended(1, 1, "KeyError: 'a'"), ended(2, -11)], 1),
+        ([ended(2, -11), ended(1, 1, "KeyError: 'a'")], 2),
+        ([ended(1, 1, "KeyError: 'a'"), ended(2, -9)], 2),
     ],
 )
 def test_a_cause_goes_before_its_consequences(events: list[Event], cause: int | None) -> None:
     assert first(events, []).rank == cause
+
+
+def test_who_left_early_is_named_where_the_others_only_missed_it() -> None:
+    left = [ended(3, 0)]
+    assert first([RESET], [], left).rank == 3
+    assert first([RESET, ended(1, 1, "ValueError: x")], [], left).rank == 1
+    assert first([RESET, ended(1, -15)], [], left).rank == 0  # asked to end, all of them
+    assert first([stalled(0)], [], left).rank == 0
 
 
 def test_of_ranks_that_hang_the_stopped_or_slowest_is_named() -> None:
@@ -65,6 +77,7 @@ def test_of_ranks_that_hang_the_stopped_or_slowest_is_named() -> None:
         (ended(1, -9, why="the kernel has killed"), "; the kernel has killed"),
         (ended(1, 3, "a\nOSError: no\n\n"), "with exit code 3 in phase step at step 12"),
         (ended(1, 3, "a\nOSError: no\n\n"), ": OSError: no"),
+        (ended(1, 0), "ended with exit code 0 before the others in phase step at step 12"),
         (LOST, "n2 was lost: not heard for 121 s"),
         (stalled(1), "has not moved for 121 s in phase step at step 12 (micro-step 1 of 2)"),
         (stalled(1), "the limit of this phase is --step-timeout 120"),

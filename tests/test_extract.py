@@ -757,7 +757,13 @@ def test_the_tool_ends_with_a_line_on_ctrl_c(tmp_path: Path, vae: str) -> None:
     command += ["--out", out, "--samples-per-shard", "4", "--batch-size", "2"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        # As in a terminal, also where these tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while process.poll() is None and not list(out.glob("work/unit-*.json")):
             time.sleep(0.01)

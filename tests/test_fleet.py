@@ -71,6 +71,13 @@ def test_a_rank_that_is_killed_goes_before_those_that_miss_it(tmp_path: Path) ->
     assert "rank 1 on localhost was killed by SIGKILL" in outcome.why
 
 
+def test_a_rank_that_leaves_too_early_is_named(tmp_path: Path) -> None:
+    script = "if rank == 1: sys.exit(0)\ntime.sleep(1)\nsys.exit('Connection reset by peer')"
+    outcome = run(tmp_path, script, 3)
+    assert outcome.code == 1
+    assert "rank 1 on localhost ended with exit code 0 before the others" in outcome.why
+
+
 def test_what_hangs_is_named_with_what_it_did(tmp_path: Path) -> None:
     script = (
         "for i in range(20):\n  beat('step', 3, 'data')\n  time.sleep(0.1)\n"

@@ -27,7 +27,7 @@ def test_a_hostfile_is_read_in_its_order(tmp_path: Path) -> None:
         ("", "names no machine"),
         ("# nobody\n\n", "names no machine"),
         ("a slots=2\nb\n", "line 2: 'b' is not `HOST slots=NUMBER_OF_GPUS`"),
-        ("a slots=0\n", "line 1"),
+        ("a slots=0\n", "line 1: a has slots=0; write how many ranks it shall have"),
         ("a slots=two\n", "line 1"),
         ("-oProxyCommand=evil slots=1\n", "line 1"),
         ("a slots=2\nb slots=1\na slots=2\n", "line 3: a stands there twice"),
@@ -71,7 +71,7 @@ def test_a_choice_that_is_not_there_is_refused(include: str, exclude: str, told:
 
 @pytest.mark.parametrize(("nodes", "slots"), [(4, None), (0, None), (2, 3), (1, 0)])
 def test_more_than_there_are_is_refused(nodes: int, slots: int | None) -> None:
-    with pytest.raises(ValueError, match="--num_"):
+    with pytest.raises(ValueError, match="--num_.*; choose 1 to [1-4], or leave the option out"):
         hosts.first(THREE, nodes=nodes, slots=slots)
 
 

@@ -47,7 +47,7 @@ def test_a_run_directory_has_what_it_promises(
 ) -> None:
     previews = ["preview.every=3", f"preview.vae={vae}", "preview.steps=2", "preview.per_class=2"]
     told = run_ranks(2, told_by, *runs.arguments(tiny, FP32, *previews))
-    assert "DiT with 0.1 M parameters, fp32, ZeRO stage 2" in told[0]
+    assert "DiT with 50,944 parameters, fp32, ZeRO stage 2" in told[0]
     assert "2 ranks x 2 micro-steps x 3 samples for a global batch of 12" in told[0]
     assert "step 6/6  loss" in told[0] and "done at step 6" in told[0]
     assert told[1] == ""  # rank 0 speaks for all

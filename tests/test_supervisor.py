@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit_ds import supervisor
+from dit_ds import console, run_folder, supervisor
 from dit_ds.diagnosis import Event
 from dit_ds.fleet import Outcome
+from dit_ds.hosts import Host
 from dit_ds.supervisor import Failure
 from tests import runs
 from tests.conftest import REPO
@@ -54,14 +56,12 @@ def test_a_tool_that_fails_is_started_again(tmp_path: Path) -> None:
     code = "file = pathlib.Path('tries' + rank)\n"
     code += "tries = len(file.read_text()) if file.exists() else 0\n"
     code += "file.write_text('x' * (tries + 1))\nprint(sys.argv[1:])\n"
-    code += "sys.exit('too early' if tries < 2 and rank == '1' else 0)\n"
+    code += "sys.exit('too early' if tries < 1 and rank == '1' else 0)\n"
     status, out = tool(tmp_path, code, "--max-restarts", "3")
     assert status == 0, out
-    assert out.count("rank 1 on localhost ended with exit code 1") == 2 and "too early" in out
+    assert out.count("rank 1 on localhost ended with exit code 1") == 1 and "too early" in out
     assert str(["--odd", "a $HOME 'b' \\ {c}"]) in out
-    assert len(list((tmp_path / "runs" / "logs" / "tool").glob("attempt-*/rank-00001.log"))) == 3
-    status, out = tool(tmp_path, "sys.exit(4)", "--max-restarts", "1")
-    assert status == 1 and out.count("FAILED") == 2
+    assert len(list((tmp_path / "runs" / "logs" / "tool").glob("attempt-*/rank-00001.log"))) == 2
 
 
 def test_hosts_that_cannot_be_had_at_first_are_not_left_out(tmp_path: Path) -> None:
@@ -82,12 +82,12 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
 
 def test_a_training_that_ends_without_saying_so_has_failed(tiny: dict[str, Any]) -> None:
     """As under a launcher whose exit code is 0 whatever happened."""
-    assert not supervisor.ended_well(tiny["run"], "", seconds=0.5)
+    assert not run_folder.ended_well(tiny["run"], "", seconds=0.5)
     tiny["run"].mkdir()
     (tiny["run"] / "done.json").write_text("{}")
-    assert supervisor.ended_well(tiny["run"], "", seconds=0.5)
-    assert not supervisor.ended_well(tiny["run"], "{}", seconds=0.5)  # of the attempt before
-    assert supervisor.ended_well(None, "", seconds=0.5)
+    assert run_folder.ended_well(tiny["run"], "", seconds=0.5)
+    assert not run_folder.ended_well(tiny["run"], "{}", seconds=0.5)  # of the attempt before
+    assert run_folder.ended_well(None, "", seconds=0.5)
 
 
 def test_a_training_is_killed_comes_back_and_is_done(tiny: dict[str, Any]) -> None:
@@ -105,6 +105,103 @@ def test_a_training_is_killed_comes_back_and_is_done(tiny: dict[str, Any]) -> No
     assert "done at step 60" in out
     assert json.loads((tiny["run"] / "done.json").read_text())["step"] == 60
     assert [int(m["step"]) for m in runs.metrics(tiny["run"]) if "loss" in m] == list(range(1, 61))
+
+
+class Scripted:
+    """Stands for a fleet, and for the clock: each run of a job is a word of `attempts`.
+
+    A number: the attempt fails, and the newest checkpoint is of that step. `done`: it ends well.
+    `unfit`: preflight refuses. `stop` is asked for in the pause after the attempt before it.
+    """
+
+    def __init__(self, run: Path | None, attempts: list[int | str]) -> None:
+        self.run_folder, self.attempts, self.now = run, attempts, 0.0
+        self.hosts, self.world_size = [Host("here", (0,))], 1
+        self.handlers: dict[int, Any] = {}
+
+    def __call__(self, *_: Any, **__: Any) -> Scripted:
+        return self
+
+    def __enter__(self) -> Scripted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def fit(self, *_: Any, **__: Any) -> bool:
+        return self.attempts[0] != "unfit"
+
+    def run(self, *_: Any, **__: Any) -> Outcome:
+        attempt = self.attempts.pop(0)
+        if self.run_folder:
+            (self.run_folder / "checkpoints").mkdir(exist_ok=True)
+            if attempt == "done":
+                (self.run_folder / "done.json").write_text(str(self.now))
+            else:
+                latest = self.run_folder / "checkpoints" / "latest"
+                latest.write_text(f"step-{attempt:08d}\n")
+        return Outcome(0) if attempt == "done" else Outcome(1, "x", Event("ended", "here", 0, 1), 9)
+
+    def end(self) -> list[str]:
+        return []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.attempts[0] == "stop":
+            self.handlers[signal.SIGTERM](signal.SIGTERM, None)
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Supervise attempts that are written down; the exit code."""
+
+    def supervised(*attempts: int | str, run: Path | None = None, max_restarts: int = 1) -> int:
+        fleet = Scripted(run, list(attempts))
+        monkeypatch.setattr(supervisor, "Fleet", fleet)
+        monkeypatch.setattr(supervisor, "fit", fleet.fit)
+        monkeypatch.setattr(supervisor, "time", fleet)
+        monkeypatch.setattr(signal, "signal", fleet.handlers.__setitem__)
+        words = ["--max-restarts", str(max_restarts), str(REPO / "tools" / "sample.py")]
+        target = supervisor.Target(["x"], tmp_path / "logs", run)
+        code = supervisor.supervise(supervisor.parse(words)[0], target)
+        console.flush()
+        return code
+
+    return supervised
+
+
+def test_restarts_are_counted_since_something_was_saved(
+    scripted: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert scripted(10, 20, 30, "done", run=tmp_path / "run") == 0
+    assert capfd.readouterr().out.count("restart 1 of 1") == 3
+    assert scripted(10, 20, 20, "never", run=tmp_path / "other") == 1
+    assert scripted(0, 0, "never") == 1  # a tool
+
+
+def test_who_is_asked_to_stop_before_a_restart_does_as_asked(
+    scripted: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert scripted(10, "stop", run=tmp_path / "run") == 0
+    assert "stopped as asked, before the restart" in capfd.readouterr().out
+    assert scripted(0, "stop") == 1  # a tool has not done what it was to do
+
+
+def test_a_refused_launch_leaves_no_folder(scripted: Callable[..., int], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert scripted("unfit", run=run) == 1 and not run.exists()
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    assert scripted("unfit", run=run) == 1 and (run / "config.yaml").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be made .Not a directory.; choose"):
+        run_folder.hold(tmp_path / "file" / "run", None)
 
 
 def failure(step: int, saved: int, host: str = "n1") -> Failure:
@@ -141,7 +238,7 @@ def test_options_that_cannot_be_meant_are_refused(words: list[str], sentence: st
 def test_attempts_are_numbered_on_whatever_lies_beside_them(tmp_path: Path) -> None:
     for name in ("attempt-0007", "attempt-0009.old", "attempt-8.tar.gz"):
         (tmp_path / name).mkdir()
-    made = [supervisor.new_logs(tmp_path).name for _ in range(2)]
+    made = [run_folder.new_logs(tmp_path).name for _ in range(2)]
     assert made == ["attempt-0008", "attempt-0009"]
 
 
@@ -171,12 +268,13 @@ def test_a_host_that_is_away_at_one_restart_is_back_at_the_next(tmp_path: Path) 
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "there are no hosts to start on" in done.stdout and "restart 2 of 2" in done.stdout
     assert done.stdout.count("rank 0 on far ended with exit code 1") == 2
+    assert "restart 3" not in done.stdout
 
 
 def test_a_second_launch_of_a_run_is_refused(tmp_path: Path) -> None:
-    held = supervisor.hold(tmp_path / "run", None)
-    code = "from pathlib import Path; from dit_ds import supervisor\n"
-    code += f"supervisor.hold(Path({str(tmp_path / 'run')!r}), None)"
+    held = run_folder.hold(tmp_path / "run", None)
+    code = "from pathlib import Path; from dit_ds import run_folder\n"
+    code += f"run_folder.hold(Path({str(tmp_path / 'run')!r}), None)"
     done = subprocess.run(["python", "-c", code], capture_output=True, text=True)
     assert f"in use by process {os.getpid()} on" in done.stderr
     del held

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dit_ds import cluster_env, config, preflight, supervisor
+from dit_ds import cluster_env, config, preflight, run_folder, supervisor
 from dit_ds.files import printable
 from dit_ds.fleet import Fleet
 
@@ -83,7 +83,7 @@ def look(args: argparse.Namespace) -> preflight.Report:
             left_out.append("the network" + (", before the faults are mended" * (not args.quick)))
         else:
             print("the ranks measure the network ...", flush=True)
-            logs = supervisor.new_logs(Path("runs") / "logs" / "preflight")
+            logs = run_folder.new_logs(Path("runs") / "logs" / "preflight")
             told = len(report.faults)
             preflight.measure(fleet, report, logs, environment=environment)
             print(preflight.lines("FAULT", report.faults[told:]), end="", flush=True)

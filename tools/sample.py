@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             model = weights.build(distributed.device())
         vae_hash = latents.vae_hash(vae)
         distributed.agree_on("the VAE", vae_hash)
-        if vae_hash != about.vae_sha256:
+        if about.vae_sha256 and vae_hash != about.vae_sha256:
             distributed.print_main(
                 "WARNING: this is not the VAE that the training data was made with"
             )

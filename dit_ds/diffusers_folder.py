@@ -1,0 +1,279 @@
+"""Folders of a diffusers `DiTPipeline`: transformer, VAE, scheduler, and the description of ours.
+
+    model_index.json    what the pipeline is made of, with the names of the classes
+    transformer/        of class `dit_ds.diffusers_model.PublishedDiT`, or diffusers' own
+    vae/, scheduler/    as diffusers saves them
+    dit_ds.json         the `export.Description`
+    README.md           the model card
+
+diffusers' own class is exact only for chosen timesteps: see `fold_timesteps`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_ds import card, export, files, latents, layouts
+from dit_ds.export import Description, Weights
+from dit_ds.layouts import State, Unsaid
+from dit_ds.models import sincos_pos_embed, timestep_embedding
+
+DESCRIPTION, FOLDED = "dit_ds.json", "dit_ds_timesteps.json"
+_WEIGHTS = "diffusion_pytorch_model"
+_FIXED = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+}
+
+
+def save(
+    weights: Weights, folder: Path, *, vae: str | None = None, num_steps: int | None = None
+) -> None:
+    """Write the folder, whole or not at all.
+
+    Args:
+        weights: of a model and an objective that diffusers' can express.
+        folder: new, or empty.
+        vae: the decoder, a folder or a hub id; that of the description unless given.
+        num_steps: for diffusers' own class, exact at so many steps of the scheduler only.
+
+    Raises:
+        ValueError: what cannot be expressed, the folder is not empty, or the VAE does not fit.
+    """
+    about = weights.about
+    layouts.check_expressed(about, folder, diffusers=True)
+    most = about.objective.num_timesteps
+    if num_steps is not None and not 1 <= num_steps <= most:
+        raise ValueError(f"--stock-steps {num_steps} must be 1 to {most}, the steps of training")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--out {folder}: it is there already; name a new folder")
+    decoder, scheduler = latents.load_vae(vae or about.vae), _scheduler(about)
+    if latents.latent_shape(decoder, about.image_shape) != about.latent_shape:
+        raise ValueError(f"--vae {vae or about.vae}: its latents are not those of the model")
+    state, timesteps = layouts.to_diffusers(weights.state), None
+    if num_steps is not None:
+        scheduler.set_timesteps(num_steps)
+        timesteps = [int(t) for t in scheduler.timesteps]
+        fold_timesteps(state, timesteps)
+        del state["pos_embed.pos_embed"]
+    transformer = _transformer(about, state, exact=num_steps is None)
+    with _new_folder(folder) as temporary:
+        transformer.save_pretrained(temporary / "transformer", max_shard_size="1000GB")
+        scheduler.save_pretrained(temporary / "scheduler")
+        told = _vae_told(about, latents.vae_hash(decoder))
+        decoder.register_to_config(scaling_factor=about.scaling_factor)
+        decoder.save_pretrained(temporary / "vae")
+        _write_json(temporary / "model_index.json", _index(about, transformer))
+        num_parameters = sum(t.numel() for k, t in weights.state.items() if k != "pos_embed")
+        text = card.model_card(
+            about, num_parameters=num_parameters, vae_told=told, timesteps=timesteps
+        )
+        (temporary / "README.md").write_text(text)
+        if timesteps is None:
+            (temporary / DESCRIPTION).write_text(about.to_json())
+        else:
+            _write_json(temporary / FOLDED, timesteps)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that appears under its name when it is whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in temporary.rglob("*.safetensors"):
+            files.usual_permissions(path)
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it would not have come to this
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(folder: Path, unsaid: Unsaid) -> Weights:
+    """Read such a folder, ours or one of diffusers' own class; `unsaid` for what it does not tell.
+
+    Raises:
+        ValueError: it is none, or damaged, or its weights are right for some timesteps only.
+    """
+    if (folder / FOLDED).exists():
+        raise ValueError(
+            f"{folder}: its weights are right for some timesteps only (they were exported with "
+            "--stock-steps); import what it was made from"
+        )
+    state = _tensors(folder / "transformer")
+    if (folder / DESCRIPTION).is_file():
+        about = export.describe(_read_json(folder / DESCRIPTION), str(folder / DESCRIPTION))
+        found = layouts.from_diffusers(state, about.num_classes, str(folder))
+    else:
+        about, found = _stranger(folder, state, unsaid)
+    weights = Weights({name: tensor.float() for name, tensor in found.items()}, about)
+    layouts.check(weights, str(folder))
+    return weights
+
+
+def fold_timesteps(state: State, timesteps: list[int]) -> None:
+    """Change the timestep MLP so that diffusers' own embedding gives the right vectors there.
+
+    Both embeddings are 256 numbers; where there are fewer timesteps than that, and they can be told
+    apart by diffusers', a linear map takes one to the other exactly. It goes into the first layer.
+
+    Raises:
+        ValueError: there are too many timesteps for it.
+    """
+    t = torch.tensor(timesteps, dtype=torch.float64)
+    here = timestep_embedding(t).double()  # (N, 256), as our model computes it
+    there = _diffusers_embedding(t)
+    names = [name for name in state if name.endswith("timestep_embedder.linear_1.weight")]
+    weight = state[names[0]]  # (D, 256)
+    right = here @ weight.double().T  # (N, D)
+    # Least norm: large weights of opposite sign would add up rounding errors in float32.
+    folded = torch.linalg.lstsq(there, right, rcond=1e-9, driver="gelsd").solution.T.float()
+    error = (there.float() @ folded.T - right.float()).abs().max().item()
+    largest = right.abs().max().item()
+    if error > 2e-5 * max(largest, 1.0):
+        raise ValueError(
+            f"--stock-steps {len(timesteps)}: the timestep embedding would be wrong by "
+            f"{error:.1e}; choose fewer steps, up to about 80"
+        )
+    for name in names:
+        state[name] = folded.clone()
+
+
+def _diffusers_embedding(t: Tensor) -> Tensor:
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    embedding: Tensor = get_timestep_embedding(
+        t.float(), 256, flip_sin_to_cos=True, downscale_freq_shift=1
+    )
+    return embedding.double()
+
+
+def _transformer(about: Description, state: State, *, exact: bool) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    from dit_ds.diffusers_model import PublishedDiT
+
+    sizes = about.model
+    (in_channels, side, _), channels = about.latent_shape, sizes.hidden_size // sizes.num_heads
+    config = dict(
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=channels,
+        in_channels=in_channels,
+        out_channels=in_channels * (1 + sizes.learn_sigma),
+        num_layers=sizes.depth,
+        sample_size=side,
+        patch_size=sizes.patch_size,
+        num_embeds_ada_norm=max(sizes.num_classes, layouts.NULL_ROW),
+    )
+    with torch.device("meta"):
+        model = PublishedDiT(**config) if exact else DiTTransformer2DModel(**config, norm_eps=1e-6)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def _scheduler(about: Description) -> Any:
+    """DDIM of diffusers on the published schedule, whose betas go with the number of timesteps."""
+    from diffusers import DDIMScheduler
+
+    scale = 1000 / about.objective.num_timesteps
+    return DDIMScheduler(
+        num_train_timesteps=about.objective.num_timesteps,
+        beta_start=scale * 1e-4,
+        beta_end=scale * 0.02,
+        beta_schedule="linear",
+        clip_sample=False,
+    )
+
+
+def _index(about: Description, transformer: Any) -> dict[str, Any]:
+    import diffusers
+
+    kind = type(transformer)
+    library = "diffusers" if kind.__module__.startswith("diffusers.") else kind.__module__
+    labels = {str(layouts.row_of(i)): name for i, name in enumerate(about.class_names)}
+    return {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "id2label": labels,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": [library, kind.__name__],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _vae_told(about: Description, sha256: str) -> str:
+    if not about.vae_sha256:
+        return f"`{about.vae}`; whether the training data was made with it is unknown"
+    if about.vae_sha256 == sha256:
+        return f"`{about.vae}`, the one that the training data was made with"
+    return "not the one that the training data was made with"
+
+
+def _stranger(folder: Path, state: State, unsaid: Unsaid) -> tuple[Description, State]:
+    """Of a folder of diffusers' own class: description and tensors."""
+    config = _read_json(folder / "transformer" / "config.json")
+    wrong = [f"{k}={config[k]}" for k, v in _FIXED.items() if config.get(k, v) != v]
+    if wrong:
+        raise ValueError(
+            f"{folder}: a transformer with {', '.join(wrong)}, which is no published DiT"
+        )
+    try:
+        num_classes, side = config["num_embeds_ada_norm"], config["sample_size"]
+        grid = side // config["patch_size"]
+        num_heads = config["num_attention_heads"]
+        hidden_size = num_heads * config["attention_head_dim"]
+        pos_embed = torch.from_numpy(sincos_pos_embed(hidden_size, grid)).unsqueeze(0)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+        raise ValueError(
+            f"{folder}: its transformer/config.json is not that of a DiT ({e!r})"
+        ) from e
+    found = layouts.from_diffusers(state, num_classes, str(folder), null_row=num_classes)
+    found.setdefault("pos_embed", pos_embed)
+    about = layouts.describe(found, unsaid, str(folder), num_heads=num_heads)
+    vae = folder / "vae" / "config.json"
+    if vae.is_file():
+        scale = _read_json(vae).get("scaling_factor", about.scaling_factor)
+        about = about.model_copy(update={"scaling_factor": scale, "vae": str(vae.parent.resolve())})
+    return about, found
+
+
+def _tensors(folder: Path) -> State:
+    paths = sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
+    if not paths:
+        raise ValueError(
+            f"{folder}: no {_WEIGHTS}.safetensors; give a folder of a DiTPipeline that has it"
+        )
+    try:
+        return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{folder}: its weights are damaged or cannot be read ({e!s:.200})") from e
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: cannot be read ({e!s:.200})") from e
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: not what diffusers writes")
+    return tree
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree, indent=1) + "\n")
