@@ -17,7 +17,7 @@ from dit_ds import latents
 from dit_ds.benchmark_digits import LR, STEPS, Training, score, train_all
 from dit_ds.samplers import OF_DDPM, OF_FLOW, SamplerSettings
 
-CALLS = (4, 8, 16, 32, 64)
+CALLS = (4, 8, 16, 32)
 """Of the model, for each image. Heun's sampler takes one less: two for each step but the last."""
 OBJECTIVES = {"published": OF_DDPM, "modern": OF_FLOW}
 Curves = dict[str, list[tuple[int, float]]]  # (calls, Frechet distance), by "recipe sampler"
