@@ -23,13 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_ds import card, export, files, latents, layouts
+from dit_ds import card, export, files, latents, layouts, published
 from dit_ds.export import Description, Weights
 from dit_ds.layouts import State, Unsaid
 from dit_ds.models import sincos_pos_embed, timestep_embedding
+from dit_ds.settings import Objective
 
 DESCRIPTION, FOLDED = "dit_ds.json", "dit_ds_timesteps.json"
 _WEIGHTS = "diffusion_pytorch_model"
+_OF_SCHEDULER = (("prediction_type", "prediction"), ("beta_schedule", "schedule"))
 _FIXED = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -188,15 +190,17 @@ def _transformer(about: Description, state: State, *, exact: bool) -> Any:
 
 
 def _scheduler(about: Description) -> Any:
-    """DDIM of diffusers on the published schedule, whose betas go with the number of timesteps."""
+    """DDIM of diffusers on the training's schedule; linear betas go with the number of steps."""
     from diffusers import DDIMScheduler
 
-    scale = 1000 / about.objective.num_timesteps
+    objective = about.objective
+    scale = 1000 / objective.num_timesteps
     return DDIMScheduler(
-        num_train_timesteps=about.objective.num_timesteps,
+        num_train_timesteps=objective.num_timesteps,
         beta_start=scale * 1e-4,
         beta_end=scale * 0.02,
-        beta_schedule="linear",
+        beta_schedule="squaredcos_cap_v2" if objective.schedule == "cosine" else "linear",
+        prediction_type="v_prediction" if objective.prediction == "v" else "epsilon",
         clip_sample=False,
     )
 
@@ -250,11 +254,35 @@ def _stranger(folder: Path, state: State, unsaid: Unsaid) -> tuple[Description, 
     if vae.is_file():
         scale = _read_json(vae).get("scaling_factor", about.scaling_factor)
         about = about.model_copy(update={"scaling_factor": scale, "vae": str(vae.parent.resolve())})
+    if (folder / "scheduler" / "scheduler_config.json").is_file():
+        objective = _objective(_read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+        about = about.model_copy(update={"objective": objective})
     return about, found
+
+
+def _objective(scheduler: dict[str, Any], folder: Path) -> Objective:
+    """What a pipeline's scheduler says that its model predicts."""
+    told = {
+        "num_timesteps": scheduler.get("num_train_timesteps", 1000),
+        "prediction": {"epsilon": "eps", "v_prediction": "v"}.get(
+            scheduler.get("prediction_type", "epsilon")
+        ),
+        "schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(
+            scheduler.get("beta_schedule", "linear")
+        ),
+    }
+    unknown = [f"{key}={scheduler.get(key)}" for key, ours in _OF_SCHEDULER if told[ours] is None]
+    if unknown:
+        raise ValueError(
+            f"{folder}: a scheduler with {', '.join(unknown)}, which is not known here"
+        )
+    return Objective.model_validate(told)
 
 
 def _tensors(folder: Path) -> State:
     paths = sorted(folder.glob(f"{_WEIGHTS}*.safetensors"))
+    if not paths and (folder / f"{_WEIGHTS}.bin").is_file():
+        return published.tensors(folder / f"{_WEIGHTS}.bin")
     if not paths:
         raise ValueError(
             f"{folder}: no {_WEIGHTS}.safetensors; give a folder of a DiTPipeline that has it"

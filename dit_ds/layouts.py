@@ -68,7 +68,7 @@ def unexpressed(about: Description, *, diffusers: bool = False) -> list[str]:
     found += [f"latents of {high}x{wide}, which are not square"] * (high != wide)
     if objective.name != "ddpm":
         found.append(f"objective.name={objective.name}")
-    else:
+    elif not diffusers:  # whose schedulers know these
         found += [f"objective.prediction={objective.prediction}"] * (objective.prediction != "eps")
         found += [f"objective.schedule={objective.schedule}"] * (objective.schedule != "linear")
     if diffusers:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_ds import exchange, layouts, published
@@ -280,8 +282,6 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"fp32_norms": True}, "model.fp32_norms=true"),
     ({"input_size": (8, 4)}, "latents of 8x4"),
     ({"objective": {"name": "flow"}, "learn_sigma": False}, "objective.name=flow"),
-    ({"objective": {"prediction": "v"}}, "objective.prediction=v"),
-    ({"objective": {"schedule": "cosine"}}, "objective.schedule=cosine"),
 ]
 
 
@@ -296,6 +296,43 @@ def test_what_a_layout_cannot_express_is_refused_by_name(
     assert list(tmp_path.iterdir()) == []
     exchange.write(first, tmp_path / "w.safetensors")
     same(exchange.read(tmp_path / "w.safetensors", NOTHING), first)
+
+
+@pytest.mark.parametrize(
+    "objective", [{}, {"prediction": "v"}, {"schedule": "cosine", "num_timesteps": 500}], ids=str
+)
+def test_a_folders_scheduler_is_the_trainings(
+    vae: Path, tmp_path: Path, objective: dict[str, Any]
+) -> None:
+    from diffusers import DDIMScheduler
+
+    from dit_ds.ddpm import DDPM
+    from dit_ds.sampling import objective_of
+
+    first, folder = weights(vae, objective=objective), tmp_path / "folder"
+    exchange.write(first, folder)
+    scheduler, ddpm = DDIMScheduler.from_pretrained(folder / "scheduler"), objective_of(first.about)
+    assert isinstance(ddpm, DDPM)
+    signal = ddpm.schedule.alphas_cumprod
+    # Theirs is computed in float32.
+    np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), signal, rtol=3e-4, atol=1e-9)
+    x, out = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    scheduler.set_timesteps(ddpm.num_timesteps)
+    t = torch.tensor([ddpm.num_timesteps // 2])
+    there = scheduler.step(out, int(t), x).pred_original_sample
+    here = ddpm.schedule.predict_x_start(x, t, ddpm.eps(out, x, t))
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
+    (folder / "dit_ds.json").unlink()
+    of_others = exchange.read(folder, NOTHING)
+    assert of_others.about.objective == first.about.objective
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    torch.save(load_file(path), path.with_suffix(".bin"))  # as older versions of diffusers wrote
+    path.unlink()
+    same(exchange.read(folder, NOTHING), of_others)
+    if objective:
+        name, value = next(iter(objective.items()))
+        with pytest.raises(ValueError, match=f"objective.{name}={value}"):
+            exchange.write(first, tmp_path / "w.pt")
 
 
 def test_the_card_tells_what_is_known_and_what_is_not(vae: Path, tmp_path: Path) -> None:
