@@ -68,7 +68,7 @@ def draw(curves: Curves, path: Path) -> None:
     pen = ImageDraw.Draw(image)
     points = [point for curve in curves.values() for point in curve]
     x_ends = math.log(min(c for c, _ in points)), math.log(max(c for c, _ in points) + 1)
-    y_ends = math.log(min(d for _, d in points) / 1.1), math.log(max(d for _, d in points) * 1.1)
+    y_ends = math.log(min(d for _, d in points) / 1.3), math.log(max(d for _, d in points) * 1.1)
 
     def write(x: float, y: float, text: str, *, size: int = 13, anchor: str, fill: str) -> None:
         font = ImageFont.load_default(size * scale)
@@ -81,7 +81,7 @@ def draw(curves: Curves, path: Path) -> None:
         share = (math.log(distance) - y_ends[0]) / (y_ends[1] - y_ends[0])
         return bottom - (bottom - top) * share
 
-    title = "Samplers on the digits: Fréchet distance by model calls"
+    title = "Samplers on the digits: Frechet distance by model calls"
     write(left, 14 * scale, title, size=18, anchor="lt", fill="#222")
     write(left, 42 * scale, "Without guidance; lower is better", anchor="lt", fill="#555")
     for tick in (m * 10.0**e for e in range(-3, 4) for m in (1, 2, 5)):
@@ -101,7 +101,7 @@ def draw(curves: Curves, path: Path) -> None:
         for x, y in places:
             pen.ellipse([x - r, y - r, x + r, y + r], fill=colours[name])
         x, y = places[-1]
-        label_at = max(y, label_at + 18 * scale)
+        label_at = max(y - 9 * scale * (len(curves) - 1), label_at + 18 * scale)
         pen.line([(x, y), (right + 8 * scale, label_at)], fill=colours[name], width=scale)
         told = f"{name}  {curve[-1][1]:.3f}"
         write(right + 12 * scale, label_at, told, anchor="lm", fill=colours[name])
