@@ -183,7 +183,7 @@ def train_all(work: Path, trainings: list[Training]) -> None:
         ValueError: a training failed; its log is named.
     """
     prepare(work)
-    left = [t for t in trainings if not checkpoint(work, t, t.steps).is_dir()]
+    left = [t for t in trainings if not (checkpoint(work, t, t.steps) / "index.json").is_file()]
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(left), desc="training", disable=None, leave=False) as bar,

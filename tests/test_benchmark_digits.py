@@ -53,7 +53,11 @@ def test_what_is_trained_and_scored_is_kept(
     with pytest.raises(ValueError, match=r"published-lr0.003-8-0.log says why"):
         benchmark_digits.train_all(tmp_path, [training])
     assert (tmp_path / "runs" / "published-lr0.003-8-0.log").read_text() == "no\n"
-    benchmark_digits.checkpoint(tmp_path, training, 8).mkdir(parents=True)
+    folder = benchmark_digits.checkpoint(tmp_path, training, 8)
+    folder.mkdir(parents=True)  # it is being written
+    with pytest.raises(ValueError, match="says why"):
+        benchmark_digits.train_all(tmp_path, [training])
+    (folder / "index.json").touch()
     benchmark_digits.train_all(tmp_path, [training])
     kept = tmp_path / "scores" / "published-lr0.003-8-0-8-heun-16.json"
     kept.parent.mkdir()
