@@ -76,6 +76,7 @@ class DDPM:
         self.class_dropout = class_dropout
         self.learn_sigma = learn_sigma
         self.prediction = prediction
+        self.schedule_name = schedule
         make = {"linear": Schedule.linear, "cosine": Schedule.cosine}[schedule]
         self.schedule = make(num_timesteps)
         self.weights: Tensor | None = None  # (num_timesteps,) of the mse

@@ -24,9 +24,9 @@ cosine one at -9.9. The number is that of diffusers' `lambda_min_clipped` for co
 
 
 def usable(objective: DDPM) -> Schedule:
-    """The steps of the objective's schedule that sampling may use."""
+    """The steps of the objective's schedule that sampling may use: all, but for noise on cosine."""
     schedule = objective.schedule
-    if objective.prediction == "v":
+    if objective.prediction == "v" or objective.schedule_name == "linear":
         return schedule
     signal = schedule.alphas_cumprod
     num = int((signal / (1.0 - signal) >= math.exp(2 * _LEAST_LOG_SNR)).sum())

@@ -38,7 +38,7 @@ class Preview:
             seed=cfg.seed,
             batch_size=cfg.train.micro_batch_size,
         )
-        if cfg.preview.every:
+        if cfg.preview.every or cfg.preview.sampler:
             try:
                 samplers.check(self._settings, objective, latent_shape=manifest.latent_shape)
             except ValueError as e:

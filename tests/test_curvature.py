@@ -115,9 +115,19 @@ def mean_estimate(ds_config: dict[str, Any], micro_steps: int, num_estimates: in
     return (distributed.reduce_sum(total) / num_estimates).tolist()
 
 
+BY_DEFAULT = ((0, 2, 3), (1, 2, 1), (2, 2, 3), (3, 1, 1), (3, 2, 3))
+
+
 @pytest.mark.parametrize(
     ("stage", "world", "micro_steps"),
-    [(0, 2, 3), (1, 2, 1), (2, 2, 3), (3, 1, 1), (3, 2, 3)],
+    [
+        (stage, world, micro_steps)
+        if (stage, world, micro_steps) in BY_DEFAULT
+        else pytest.param(stage, world, micro_steps, marks=pytest.mark.slow)
+        for stage in (0, 1, 2, 3)
+        for world in (1, 2)
+        for micro_steps in (1, 3)
+    ],
 )
 def test_the_mean_of_many_estimates_is_the_diagonal_gauss_newton_matrix(
     stage: int, world: int, micro_steps: int

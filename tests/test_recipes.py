@@ -25,12 +25,17 @@ RECIPES = {
     "dit-xl-2-256": ("DiT-XL/2", 675),
     "dit-xl-2-256-8gpu": ("DiT-XL/2", 675),
     "dit-xl-2-256-64gpu": ("DiT-XL/2", 675),
+    "dit-s-2-512": ("DiT-S/2", 33),
+    "dit-b-2-512": ("DiT-B/2", 131),
+    "dit-l-2-512": ("DiT-L/2", 459),
     "dit-xl-2-512": ("DiT-XL/2", 676),
     "modern-xl-2-256": ("DiT-XL/2", 675),
     "dit-3b-2-256": ("DiT-3B/2", 3078),
     "dit-7b-2-256": ("DiT-7B/2", 6982),
 }
 ALL = sorted(path.stem for path in config.RECIPES.glob("*.yaml"))
+OF_DIGITS = {"quickstart", "quickstart-modern"}
+assert RECIPES.keys() | OF_DIGITS == set(ALL)
 
 
 def ds_config_of(name: str) -> Path:

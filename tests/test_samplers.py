@@ -294,6 +294,10 @@ def test_variants_of_ddpm_give_back_a_gaussian(
     # 16,384 numbers: standard errors 0.004, 0.003; and 500 steps, of which DDIM leaves 0.005.
     assert values.mean().item() == pytest.approx(0.7, abs=4 * 0.004 + 0.01)
     assert values.std().item() == pytest.approx(0.5, abs=4 * 0.003 + 0.01)
+    # Of channels, over 4,096 pixels: standard errors 0.006 and 0.004.
+    covariance = torch.cov(values.transpose(0, 1).flatten(1))
+    expected = 0.25 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=4 * 0.006 + 0.01)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
