@@ -79,8 +79,15 @@ def parse(tree: dict[str, Any], source: str) -> Config:
 
 
 def section_error(source: str, error: pydantic.ValidationError) -> ConfigError:
-    """The same faults as one sentence each."""
-    return ConfigError(f"{source}: " + "\n".join(_sentence(fault) for fault in error.errors()))
+    """The same faults as one sentence each; of a value with several forms, what each would be."""
+    told: dict[str, list[str]] = {}
+    for fault in error.errors():
+        told.setdefault(_key(fault["loc"]), []).append(_sentence(fault))
+    lines = [
+        first + "".join(f"; or {s.rpartition(': ')[2]}" for s in more)
+        for first, *more in told.values()
+    ]
+    return ConfigError(f"{source}: " + "\n".join(lines))
 
 
 def check_resume(old: Config, new: Config) -> None:
@@ -189,8 +196,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
+def _key(location: Sequence[int | str]) -> str:
+    """The setting's name: pydantic also names the form that it tried last."""
+    parts = [str(part) for part in location]
+    while len(parts) > 1 and ".".join(parts) not in _KNOWN and not parts[-1].isdecimal():
+        parts.pop()
+    return ".".join(parts)
+
+
 def _sentence(fault: Any) -> str:
-    key, message = ".".join(str(part) for part in fault["loc"]), fault["msg"]
+    key, message = _key(fault["loc"]), fault["msg"]
     if fault["type"] == "value_error":
         return message.removeprefix("Value error, ")
     if fault["type"] == "missing":

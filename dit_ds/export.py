@@ -67,7 +67,7 @@ class Description(Strict):
 
     model: Sizes
     latent_shape: tuple[int, int, int]
-    scaling_factor: float
+    scaling_factor: Annotated[float, Field(gt=0)]
     shift_factor: float
     image_size: Size
     class_names: list[str]
@@ -75,10 +75,10 @@ class Description(Strict):
     vae: str
     vae_sha256: str
     dataset: str
-    step: int
-    images_seen: int
-    ema_length: float | None = None
-    ema_decay: float | None = None
+    step: Annotated[int, Field(ge=0)]
+    images_seen: Annotated[int, Field(ge=0)]
+    ema_length: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     metrics: dict[str, float] = {}
     format: int = FORMAT
 

@@ -69,8 +69,8 @@ class SamplerSettings:
             raise ValueError(f"eta={self.eta} is out of range; choose from 0 to 1")
         if self.eta and self.sampler != "ddim":
             raise ValueError(
-                f"eta={self.eta} is a setting of DDIM, not of sampler={self.sampler}; choose "
-                "sampler=ddim or eta=0"
+                f"eta={self.eta} is a setting of DDIM, not of sampler={self.sampler}; leave it "
+                "out, or choose sampler=ddim for a model of objective.name=ddpm"
             )
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0.0):
             raise ValueError(

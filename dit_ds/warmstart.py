@@ -134,25 +134,22 @@ def _same_width(table: Tensor | None, expected: list[int]) -> bool:
 def _label_table(
     table: Tensor, about: Description | None, target: Description, *, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Rows by the names of classes, or by number where names are not known and all are there.
+    """Rows by the names of classes, or by number where one side has none and as many classes.
 
     The null row is kept. A run of one class is without classes: its row means what the null row
     does, unless the source has that class.
     """
-    there = _names(about)
-    here = target.class_names
-    if there is not None and not _are_numbers(here):
-        row_of = {name: row for row, name in enumerate(there)}
-        taken = {i: row_of[name] for i, name in enumerate(here) if name in row_of}
-    elif len(table) - 1 == len(here):
+    there, here = _names(about), target.class_names
+    row_of = {name: row for row, name in enumerate(there or [])}
+    taken = {i: row_of[name] for i, name in enumerate(here) if name in row_of}
+    unnamed = there is None or _are_numbers(there) or _are_numbers(here)
+    by_number = not taken and unnamed and len(table) - 1 == len(here)
+    if by_number:
         taken = {i: i for i in range(len(here))}
-    else:
-        taken = {}
     null = len(table) - 1
     if len(here) == 1 and not taken:
         taken = {0: null}
     taken[len(here)] = null
-    by_number = there is None or _are_numbers(here)
     if taken == {i: i for i in range(len(table))}:
         return table, ["note     classes go by number, as names are not known"] * by_number
     made = initial_value(_TABLE, (len(here) + 1, table.shape[1]), seed)
@@ -169,10 +166,11 @@ def _label_table(
 
 
 def _names(about: Description | None) -> list[str] | None:
-    """Names of the classes where they are more than numbers."""
-    if about is None or _are_numbers(about.class_names):
+    """Names of the classes; None where they are numbers that an import of tensors alone made up."""
+    if about is None:
         return None
-    return about.class_names
+    made_up = not about.dataset and _are_numbers(about.class_names)
+    return None if made_up else about.class_names
 
 
 def _are_numbers(names: list[str]) -> bool:

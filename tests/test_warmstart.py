@@ -87,6 +87,23 @@ def test_rows_of_classes(
     assert sentence in start.told
 
 
+@pytest.mark.parametrize(
+    ("here", "rows"),
+    [
+        (["0", "3", "1"], [0, None, 1]),
+        (["1", "2", "9"], [1, 2, None]),
+        (["x", "y", "z"], [0, 1, 2]),
+    ],
+)
+def test_names_that_are_numbers_are_names(here: list[str], rows: list[int | None]) -> None:
+    given = source(["0", "1", "2"])
+    start = fit(given, describe(here))
+    fresh, there = initial_value(TABLE, (4, 32)), given.state[TABLE]
+    wanted = [fresh[i] if row is None else there[row] for i, row in enumerate(rows)]
+    assert torch.equal(start.values[TABLE], torch.stack([*wanted, there[3]]))
+    assert ("classes go by number" in start.told) == ("x" in here)
+
+
 def test_a_run_without_classes_starts_one_with_them() -> None:
     given = source(["images"])
     start = fit(given, describe(["a", "b"]))

@@ -34,18 +34,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--classes", metavar="0-9,12", help="default: the first ten, or all with --num-images"
     )
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--per-class", type=int, default=8, metavar="N", help="default: 8")
+    number.add_argument(
+        "--per-class", type=int, default=8, metavar="N", help="default: 8; a picture has 16"
+    )
     number.add_argument(
         "--num-images", type=int, metavar="N", help="so many images of classes drawn at random"
     )
-    parser.add_argument("--cfg-scale", type=float, default=1.5, metavar="S", help="1: no guidance")
-    parser.add_argument("--cfg-channels", type=int, metavar="N", help="3: as published; all")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=1.5, metavar="S", help="default: 1.5; no guidance: 1"
+    )
+    parser.add_argument(
+        "--cfg-channels", type=int, metavar="N", help="default: all are guided; as published: 3"
+    )
     parser.add_argument("--guidance-interval", default="0,1", metavar="LOW,HIGH")
     parser.add_argument(
         "--sampler", choices=get_args(Sampler), help="default: ddpm, or euler where that was a flow"
     )
-    parser.add_argument("--steps", type=int, default=250, metavar="N")
-    parser.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1")
+    parser.add_argument("--steps", type=int, default=250, metavar="N", help="default: 250")
+    parser.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 (default) to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="GRID.png")
