@@ -119,8 +119,9 @@ class Weights:
         """The model with these weights, in evaluation mode.
 
         Raises:
-            ValueError: the weights are not those of such a model.
+            ValueError: the weights are not those of such a model, or not all numbers.
         """
+        check_finite(self.state, f"step {self.about.step}")
         model = self.check(f"step {self.about.step}")
         model.load_state_dict(self.state, strict=True, assign=True)
         return model.to(device).eval()
@@ -136,6 +137,16 @@ class Weights:
         if any(tensor.dtype != torch.float32 for tensor in self.state.values()):
             raise ValueError(f"{source}: its tensors are not all float32, as they were written")
         return model
+
+
+def check_finite(state: dict[str, torch.Tensor], source: str) -> None:
+    """Raise ValueError for weights with infinities or NaN, as of a training that diverged."""
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{source}: {len(broken)} of {len(state)} tensors hold infinities or NaN, the first is "
+            f"{broken[0]}; take weights from before the training diverged"
+        )
 
 
 def from_run(run: Path, *, ema_length: float | None = None) -> Weights:

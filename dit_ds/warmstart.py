@@ -81,6 +81,7 @@ def fit(
     Raises:
         ValueError: another model; tells every tensor that is missing, unexpected or misshapen.
     """
+    export.check_finite(state, "weights")
     with torch.device("meta"):
         model = DiT(**target.model.model_dump())
     expected = {name: list(p.shape) for name, p in model.named_parameters()}

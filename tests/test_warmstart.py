@@ -60,6 +60,15 @@ def test_the_same_model_is_taken_bit_for_bit() -> None:
     assert "weights of step 7" in start.told and "note" not in start.told
 
 
+def test_weights_that_are_not_numbers_are_refused() -> None:
+    given = source(["a", "b", "c"])
+    given.state["blocks.1.mlp.fc1.bias"][3] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors hold infinities or NaN.*mlp.fc1.bias"):
+        warmstart.fit(given.state, given.about, given.about, seed=0, source="x")
+    with pytest.raises(ValueError, match="hold infinities or NaN"):
+        given.build()
+
+
 # For each class of the run: the source's row, or None for a fresh one. The source's null row is 3.
 @pytest.mark.parametrize(
     ("here", "known", "rows", "sentence"),
