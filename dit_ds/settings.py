@@ -342,6 +342,11 @@ class Config(Section):
                 f"data.lanes={self.lanes} does not divide train.global_batch_size={batch}; "
                 f"leave it out for {math.gcd(batch, 64)}"
             )
+        if self.post_hoc_ema.every > self.train.steps:
+            raise ValueError(
+                f"post_hoc_ema.every={self.post_hoc_ema.every} makes no snapshot in "
+                f"train.steps={self.train.steps}; choose e.g. {max(1, self.train.steps // 16)}"
+            )
         every = self.train.checkpoint_every
         if self.train.keep_every % every:
             raise ValueError(

@@ -257,6 +257,7 @@ def test_what_cannot_be_had_is_told(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"every": 500_000}, "post_hoc_ema.every=500000 makes no snapshot in train.steps=400000"),
         ({"lengths": [0.04, 0.1]}, "post_hoc_ema.lengths=.* has no meaning without snapshots"),
         ({"every": 5, "lengths": [0.1, 0.05]}, "post_hoc_ema.lengths=.* not in order"),
         ({"every": 5, "lengths": [0.1, 0.1]}, "post_hoc_ema.lengths=.* too near each other"),
