@@ -125,7 +125,7 @@ def load(folder: Path, unsaid: Unsaid) -> Weights:
     else:
         about, found = _stranger(folder, state, unsaid)
     weights = Weights({name: tensor.float() for name, tensor in found.items()}, about)
-    layouts.check(weights, str(folder))
+    weights.check(str(folder))
     return weights
 
 
