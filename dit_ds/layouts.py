@@ -202,6 +202,14 @@ def to_diffusers(state: State) -> State:
     }
 
 
+def embeddings_there(state: State) -> tuple[int, int]:
+    """Channels and rows of the label table in diffusers' layout, 0 where there is no such table."""
+    table = state.get(f"transformer_blocks.0.norm1.emb.{_TABLE_THERE}")
+    if table is None or table.ndim != 2:
+        return 0, 0
+    return table.shape[1], table.shape[0]
+
+
 def from_diffusers(
     state: State, num_classes: int, source: str, *, null_row: int = NULL_ROW
 ) -> State:

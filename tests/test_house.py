@@ -90,7 +90,7 @@ HOUSE: dict[str, set[str]] = {
     "card": {"export", "models"},
     "diffusers_folder": {
         *("card", "diffusers_model", "export", "files", "latents", "layouts", "models"),
-        *("published", "settings"),
+        *("checkpoint_index", "published", "settings"),
     },
     "exchange": {"diffusers_folder", "distributed", "export", "layouts", "published"},
     "warmstart": {

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,53 @@ def test_folders_that_others_wrote_are_read(vae: Path, tmp_path: Path) -> None:
     assert found.about.num_classes == 7 and found.about.model.num_heads == 3
     table = state["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"]
     assert torch.equal(found.state["y_embedder.embedding_table.weight"], table)
+
+
+@pytest.fixture(scope="module")
+def strange(vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without our description, and without a position embedding."""
+    folder = tmp_path_factory.mktemp("strange") / "folder"
+    exchange.write(weights(vae), folder)
+    (folder / "dit_ds.json").unlink()
+    (path,) = folder.glob("transformer/*.safetensors")
+    state = load_file(path)
+    del state["pos_embed.pos_embed"]
+    save_file(state, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("transformer/config.json", {"sample_size": 4_000_000}, "sample_size"),
+        ("transformer/config.json", {"sample_size": 1024}, "is not 1 to 256 patches"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 10**10}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 999}, "1001 rows of labels"),
+        ("transformer/config.json", {"num_embeds_ada_norm": "3"}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 3.0}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"attention_head_dim": 2**19}, "tensors have 48"),
+        ("transformer/config.json", {"patch_size": 4}, "a sample_size of 8, its tensors .* 4"),
+        ("transformer/config.json", {"norm_type": "layer_norm"}, "norm_type"),
+        ("vae/config.json", {"scaling_factor": "0.5"}, "scaling_factor"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor"),
+        ("scheduler/scheduler_config.json", {"prediction_type": ["v"]}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps"),
+    ],
+    ids=str,
+)
+def test_what_a_strangers_folder_claims_is_not_believed(
+    strange: Path, name: str, change: dict[str, Any], sentence: str
+) -> None:
+    text = (strange / name).read_text()
+    (strange / name).write_text(json.dumps(json.loads(text) | change))
+    try:
+        with pytest.raises(ValueError, match=sentence) as error:
+            exchange.read(strange, NOTHING)
+        assert str(strange) in str(error.value)
+    finally:
+        (strange / name).write_text(text)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-XL/2"])
@@ -411,10 +459,20 @@ def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"name FILE\.safetensors"):
         exchange.write(weights(vae), tmp_path / "x.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "empty.tmp").mkdir()  # anyone's
+    (tmp_path / "empty.tmp" / "thesis.tex").write_text("x")
     (tmp_path / "empty").mkdir()
+    with (
+        pytest.raises(ValueError, match="the working folder; name a new one"),
+        chdir(tmp_path / "empty"),
+    ):
+        exchange.write(weights(vae), Path("."))
     exchange.write(weights(vae), tmp_path / "empty")
     exchange.write(weights(vae), tmp_path / "new")
     usual = (tmp_path / "there").stat().st_mode, (tmp_path / "there" / "thesis.tex").stat().st_mode
+    left = {"there", "empty", "empty.tmp", "new"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    assert (tmp_path / "empty.tmp" / "thesis.tex").exists()
     for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:  # others may read them
         assert path.stat().st_mode == usual[path.is_file()], path
 
