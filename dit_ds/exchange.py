@@ -59,3 +59,10 @@ def write(
             f"--out {path}: name FILE.safetensors, FILE.pt (published layout), or a folder without "
             "a suffix (diffusers)"
         )
+
+
+def description_of(path: Path) -> Path | None:
+    """The file that describes weights in a file of that name; None for folders."""
+    if path.suffix in published.SUFFIXES:
+        return published.description_of(path)
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else None

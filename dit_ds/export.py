@@ -63,7 +63,8 @@ class Description(Strict):
 
     latent_shape: (C, H, W). image_size: pixels of the shorter side. vae: the name it was asked for
     by. ema_length: of the average, where it was made after the training; ema_decay: of the plain
-    one. metrics: what was measured at this step. Unknown of foreign weights: ema_decay, and where
+    one. metrics: what was measured at this step. class_dropout_known: older files do not tell it,
+    and what stands in the objective is the usual. Unknown of foreign weights: ema_decay, and where
     they are empty, vae_sha256 and dataset; then step and images_seen, which are 0, are too.
     """
 
@@ -82,6 +83,7 @@ class Description(Strict):
     ema_length: float | None = None
     ema_decay: float | None = None
     metrics: dict[str, float] = {}
+    class_dropout_known: bool = True
     format: int = FORMAT
 
     @pydantic.model_validator(mode="after")
@@ -156,8 +158,7 @@ def from_run(run: Path, *, ema_length: float | None = None) -> Weights:
     if found is None:
         raise distributed.RankError(f"{run}: no checkpoint yet; train until the first one is saved")
     with distributed.agreed():
-        about = describe(found.index.about.get("weights"), str(found.path))
-        about = about.model_copy(update=_training(found))
+        about = _described(found).model_copy(update=_training(found))
         parameters = found.index.parameters
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         _model(about, shapes | archive.module_shapes(found), str(found.path))
@@ -216,7 +217,8 @@ def describe(tree: Any, source: str) -> Description:
     if isinstance(tree, dict) and "objective" not in tree and "num_timesteps" in tree:
         # As it stood before there was more than one objective.
         rest = {k: v for k, v in tree.items() if k != "num_timesteps"}
-        tree = rest | {"objective": {"num_timesteps": tree["num_timesteps"]}}
+        objective = {"num_timesteps": tree["num_timesteps"]}
+        tree = rest | {"objective": objective, "class_dropout_known": False}
     try:
         return Description.model_validate_json(json.dumps(tree))
     except pydantic.ValidationError as e:
@@ -226,11 +228,26 @@ def describe(tree: Any, source: str) -> Description:
 
 def _training(found: archive.Checkpoint) -> dict[str, Any]:
     """What the checkpoint tells of the training, beside the description."""
-    cfg = found.index.about.get("config")
-    optimizer = cfg.get("optimizer") if isinstance(cfg, dict) else None
-    decay = optimizer.get("ema_decay") if isinstance(optimizer, dict) else None
+    decay = _setting(found, "optimizer", "ema_decay")
     known = isinstance(decay, float) and "ema" in found.index.keys
     return {"ema_decay": decay if known else None, "metrics": dict(found.index.metrics)}
+
+
+def _described(found: archive.Checkpoint) -> Description:
+    """The checkpoint's description; what those of older runs lack is in their configuration."""
+    about = describe(found.index.about.get("weights"), str(found.path))
+    dropout = _setting(found, "objective", "class_dropout")
+    if about.class_dropout_known or not isinstance(dropout, float) or not 0 <= dropout <= 1:
+        return about
+    objective = about.objective.model_copy(update={"class_dropout": dropout})
+    return about.model_copy(update={"objective": objective, "class_dropout_known": True})
+
+
+def _setting(found: archive.Checkpoint, section: str, key: str) -> Any:
+    """Of the run's configuration; None if it does not tell."""
+    cfg = found.index.about.get("config")
+    tree = cfg.get(section) if isinstance(cfg, dict) else None
+    return tree.get(key) if isinstance(tree, dict) else None
 
 
 def _model(about: Description, state: Shapes, source: str) -> DiT:

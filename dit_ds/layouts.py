@@ -18,6 +18,8 @@ from dit_ds.export import Description, Sizes
 from dit_ds.models import DIT_MODELS
 from dit_ds.settings import Objective
 
+VAE, SCALING_FACTOR = "stabilityai/sd-vae-ft-ema", 0.18215
+"""Of the published models."""
 NULL_ROW = 1000
 """Of the label table, in `diffusers.DiTPipeline`."""
 
@@ -44,17 +46,36 @@ _POS_EMBED_THERE = "pos_embed.pos_embed"
 
 @dataclasses.dataclass(frozen=True)
 class Unsaid:
-    """What tensors alone do not say; as of the published ImageNet models unless set.
+    """What tensors alone do not say; as of the published ImageNet models where it is None.
 
-    image_size: pixels of each side, 8 for each of the latents unless set. num_heads: of models that
-    are not in the zoo. class_names: their numbers unless set.
+    vae: `VAE` unless set. scaling_factor: `SCALING_FACTOR` unless set. image_size: pixels of each
+    side, 8 for each of the latents unless set. num_heads: of models that are not in the zoo.
+    class_names: their numbers unless set.
     """
 
-    vae: str = "stabilityai/sd-vae-ft-ema"
-    scaling_factor: float = 0.18215
+    vae: str | None = None
+    scaling_factor: float | None = None
     image_size: int | None = None
     num_heads: int | None = None
     class_names: Sequence[str] | None = None
+
+    def check_taken(self, about: Description, source: object) -> None:
+        """Raise ValueError that names what is set and is not what the source says of itself."""
+        said = {
+            "vae": about.vae,
+            "scaling_factor": about.scaling_factor,
+            "image_size": about.image_size,
+            "num_heads": about.model.num_heads,
+            "class_names": about.class_names,
+        }
+        for key, value in said.items():
+            given = getattr(self, key)
+            if given is not None and given != value:
+                option = "--" + key.replace("_", "-")
+                raise ValueError(
+                    f"{option} {given!s:.200} is for weights that do not tell, and {source} says "
+                    f"{value!s:.200}; leave {option} out"
+                )
 
 
 def unexpressed(about: Description, *, diffusers: bool = False) -> list[str]:
@@ -151,12 +172,12 @@ def describe(
     return Description(
         model=sizes,
         latent_shape=(in_channels, side, side),
-        scaling_factor=unsaid.scaling_factor,
+        scaling_factor=unsaid.scaling_factor or SCALING_FACTOR,
         shift_factor=0.0,
         image_size=unsaid.image_size or 8 * side,
         class_names=names,
         objective=Objective(),
-        vae=unsaid.vae,
+        vae=unsaid.vae or VAE,
         vae_sha256="",
         dataset="",
         step=0,

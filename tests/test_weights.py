@@ -7,10 +7,11 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
-from contextlib import chdir
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit_ds import exchange, layouts, published
+from dit_ds import archive, exchange, export, layouts, published
+from dit_ds.card import model_card
 from dit_ds.export import Description, Sizes, Weights
 from dit_ds.layouts import Unsaid
 from dit_ds.models import DIT_MODELS, DiT
@@ -445,7 +447,30 @@ def test_the_card_tells_what_is_known_and_what_is_not(vae: Path, tmp_path: Path)
     assert "assumed" in card and "none is known" in card and "unknown how many labels" in card
 
 
-def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> None:
+def test_older_files_do_not_tell_how_many_labels_were_dropped(vae: Path, tmp_path: Path) -> None:
+    first, path = weights(vae), tmp_path / "w.safetensors"
+    exchange.write(first, path)
+    tree = json.loads(path.with_suffix(".json").read_text())
+    tree["num_timesteps"] = tree.pop("objective")["num_timesteps"]  # as it was written then
+    del tree["class_dropout_known"]
+    path.with_suffix(".json").write_text(json.dumps(tree))
+    exchange.write(exchange.read(path, NOTHING), tmp_path / "again.safetensors")
+    found = exchange.read(tmp_path / "again.safetensors", NOTHING).about
+    card = model_card(found, num_parameters=1, vae_told="")
+    assert "unknown how many labels" in card and "10% of the labels" not in card
+    # A checkpoint has the run's settings beside such a description.
+    for dropout, known in ((0.25, True), (None, False), (7.0, False)):
+        about = {"weights": tree, "config": {"objective": {"class_dropout": dropout}}}
+        run = archive.Checkpoint(tmp_path, SimpleNamespace(about=about))  # type: ignore[arg-type]
+        card = model_card(export._described(run), num_parameters=1, vae_told="")
+        assert ("25% of the labels" in card, "unknown how many labels" in card) == (
+            known, not known,
+        )  # fmt: skip
+
+
+def test_folders_are_written_whole_or_not_at_all(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="it is there already"):
@@ -462,11 +487,10 @@ def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> N
     (tmp_path / "empty.tmp").mkdir()  # anyone's
     (tmp_path / "empty.tmp" / "thesis.tex").write_text("x")
     (tmp_path / "empty").mkdir()
-    with (
-        pytest.raises(ValueError, match="the working folder; name a new one"),
-        chdir(tmp_path / "empty"),
-    ):
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="the working folder; name a new one"):
         exchange.write(weights(vae), Path("."))
+    monkeypatch.chdir(tmp_path)
     exchange.write(weights(vae), tmp_path / "empty")
     exchange.write(weights(vae), tmp_path / "new")
     usual = (tmp_path / "there").stat().st_mode, (tmp_path / "there" / "thesis.tex").stat().st_mode
@@ -478,7 +502,7 @@ def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> N
 
 
 def test_the_tool_writes_any_layout(
-    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vae: Path, strange: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = export_tool()
     exchange.write(weights(vae), tmp_path / "w.pt")
@@ -492,6 +516,10 @@ def test_the_tool_writes_any_layout(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{folder}: {tmp_path / 'w.pt'}, ")
     assert json.loads(lines[-1])["out"] == str(back)
+    described = tmp_path / "described.pt"
+    exchange.write(weights(vae), described)
+    (tmp_path / "others.txt").write_text("cat\ndog\nape\n")
+    other = ["--class-names", str(tmp_path / "others.txt")]
     found = exchange.read(back, NOTHING)
     runs.assert_same_bits(found.state, weights().state)
     assert found.about.class_names == ["cat", "dog", "owl"] and found.about.image_size == 8
@@ -501,10 +529,30 @@ def test_the_tool_writes_any_layout(
         (["--weights", str(tmp_path / "no")], "no such file or folder"),
         (["--weights", str(back), "--num-heads", "0"], "--num-heads 0 must be"),
         (["--weights", str(back), "--class-names", "no.txt"], "no.txt: cannot be read"),
+        (["--weights", str(back), "--num-heads", "4"], f"--num-heads 4 is .* {back} says 3;"),
+        (["--weights", str(back), "--image-size", "9"], "--image-size 9 is .* says 8;"),
+        (["--weights", str(back), "--scaling-factor", "0.7"], "--scaling-factor 0.7 .* 0.5;"),
+        (
+            ["--weights", str(back), *other],
+            "--class-names .* says .*cat.*; leave --class-names out",
+        ),
+        (["--weights", str(back), "--vae", "a/b"], "--vae a/b is .*; leave --vae out"),
+        (["--weights", str(described), "--num-heads", "4"], "--num-heads 4 is .* says 3;"),
+        (["--weights", str(strange), "--num-heads", "4"], "--num-heads 4 is .* says 3;"),
+        (["--weights", str(strange), "--scaling-factor", "0.7"], "--scaling-factor 0.7 .* 0.5;"),
+        (["--weights", str(strange), "--vae", "a/b"], "--vae a/b is .*folder/vae; leave"),
+        (["--weights", str(back), "--scaling-factor", "nan"], "--scaling-factor nan must be"),
     ):
         with pytest.raises(SystemExit) as end:
             tool([*arguments, "--out", str(tmp_path / "x.safetensors")])
-        assert end.value.code == 2 and sentence in capsys.readouterr().err
+        assert end.value.code == 2 and re.search(sentence, capsys.readouterr().err), sentence
+    # What is so may be said, and a folder takes another decoder that fits.
+    decoder = tmp_path / "decoder"
+    shutil.copytree(vae, decoder)
+    tool(["--weights", str(back), "--num-heads", "3", "--out", str(tmp_path / "x.pt")])
+    assert f"description in {tmp_path / 'x.pt.json'}" in capsys.readouterr().out
+    tool(["--weights", str(back), "--vae", str(decoder), "--out", str(tmp_path / "more")])
+    assert f"| decoder | `{decoder}`" in (tmp_path / "more" / "README.md").read_text()
 
 
 def export_tool() -> Callable[[list[str]], None]:
