@@ -25,7 +25,7 @@ def read(path: Path, unsaid: Unsaid) -> Weights:
     with distributed.agreed():
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    is_folder, is_pipeline = path.is_dir(), (path / "model_index.json").is_file()
+        is_folder, is_pipeline = path.is_dir(), (path / "model_index.json").is_file()
     distributed.agree_on(f"what lies at {path}", [is_folder, is_pipeline])
     if is_folder and not is_pipeline:
         return export.from_run(path)
