@@ -63,7 +63,7 @@ def _average(about: Description) -> str:
 
 def _guidance(about: Description) -> str:
     share = about.objective.class_dropout
-    if not about.dataset:
+    if not about.dataset or not about.class_dropout_known:
         return "unknown how many labels were dropped in training; scale and interval are a choice"
     if share == 0:
         return "none: no label was dropped in training, so the null class means nothing"

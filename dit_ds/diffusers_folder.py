@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_ds import card, export, files, latents, layouts, published
+from dit_ds.checkpoint_index import fault_of
 from dit_ds.export import Description, Weights
 from dit_ds.layouts import State, Unsaid
 from dit_ds.models import sincos_pos_embed, timestep_embedding
@@ -31,13 +34,63 @@ from dit_ds.settings import Objective
 
 DESCRIPTION, FOLDED = "dit_ds.json", "dit_ds_timesteps.json"
 _WEIGHTS = "diffusion_pytorch_model"
-_OF_SCHEDULER = (("prediction_type", "prediction"), ("beta_schedule", "schedule"))
-_FIXED = {
-    "norm_type": "ada_norm_zero",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "norm_elementwise_affine": False,
-}
+_MOST_PATCHES = 256
+"""Of each side: the position embedding may have to be computed, and no tensor tells its size."""
+
+_Size = Annotated[int, Field(gt=0, lt=2**20)]
+
+
+class _Told(pydantic.BaseModel):
+    """What is read of a JSON file that diffusers writes; the rest of it may be anything."""
+
+    model_config = pydantic.ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Transformer(_Told):
+    num_attention_heads: _Size
+    attention_head_dim: _Size
+    sample_size: _Size
+    patch_size: _Size
+    num_embeds_ada_norm: _Size
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
+    attention_bias: Literal[True] = True
+    norm_elementwise_affine: Literal[False] = False
+
+    @pydantic.model_validator(mode="after")
+    def _patches(self) -> _Transformer:
+        patches, rest = divmod(self.sample_size, self.patch_size)
+        if rest or patches > _MOST_PATCHES:
+            raise ValueError(
+                f"sample_size {self.sample_size} is not 1 to {_MOST_PATCHES} patches of "
+                f"{self.patch_size}"
+            )
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+class _VAE(_Told):
+    scaling_factor: Annotated[float, Field(gt=0)] | None = None
+
+
+class _Scheduler(_Told):
+    num_train_timesteps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(
+            num_timesteps=self.num_train_timesteps,
+            prediction="v" if self.prediction_type == "v_prediction" else "eps",
+            schedule="linear" if self.beta_schedule == "linear" else "cosine",
+        )
+
+
+_Read = TypeVar("_Read", bound=_Told)
 
 
 def save(
@@ -54,13 +107,15 @@ def save(
     Raises:
         ValueError: what cannot be expressed, the folder is not empty, or the VAE does not fit.
     """
-    about = weights.about
+    about, folder = weights.about, folder.resolve()
     layouts.check_expressed(about, folder, diffusers=True)
     most = about.objective.num_timesteps
     if num_steps is not None and not 1 <= num_steps <= most:
         raise ValueError(f"--stock-steps {num_steps} must be 1 to {most}, the steps of training")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"--out {folder}: it is there already; name a new folder")
+    if folder == Path.cwd():  # it is replaced, and a shell would be left in what is gone
+        raise ValueError(f"--out {folder}: the working folder; name a new one, or go elsewhere")
     decoder, scheduler = latents.load_vae(vae or about.vae), _scheduler(about)
     if latents.latent_shape(decoder, about.image_shape) != about.latent_shape:
         raise ValueError(f"--vae {vae or about.vae}: its latents are not those of the model")
@@ -74,7 +129,7 @@ def save(
     with _new_folder(folder) as temporary:
         transformer.save_pretrained(temporary / "transformer", max_shard_size="1000GB")
         scheduler.save_pretrained(temporary / "scheduler")
-        told = _vae_told(about, latents.vae_hash(decoder))
+        told = _vae_told(about, vae or about.vae, latents.vae_hash(decoder))
         decoder.register_to_config(scaling_factor=about.scaling_factor)
         decoder.save_pretrained(temporary / "vae")
         _write_json(temporary / "model_index.json", _index(about, transformer))
@@ -92,19 +147,14 @@ def save(
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that appears under its name when it is whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        temporary = Path(place) / folder.name
+        temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*.safetensors"):
             files.usual_permissions(path)
-        if folder.is_dir():
-            folder.rmdir()  # empty, or it would not have come to this
-        temporary.replace(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        temporary.replace(folder)  # one that is there is empty, or it would not have come to this
 
 
 def load(folder: Path, unsaid: Unsaid) -> Weights:
@@ -124,8 +174,8 @@ def load(folder: Path, unsaid: Unsaid) -> Weights:
         found = layouts.from_diffusers(state, about.num_classes, str(folder))
     else:
         about, found = _stranger(folder, state, unsaid)
-    weights = Weights({name: tensor.float() for name, tensor in found.items()}, about)
-    layouts.check(weights, str(folder))
+    weights = Weights(found, about)
+    weights.check(str(folder))
     return weights
 
 
@@ -221,62 +271,53 @@ def _index(about: Description, transformer: Any) -> dict[str, Any]:
     }
 
 
-def _vae_told(about: Description, sha256: str) -> str:
+def _vae_told(about: Description, name: str, sha256: str) -> str:
     if not about.vae_sha256:
-        return f"`{about.vae}`; whether the training data was made with it is unknown"
+        return f"`{name}`; whether the training data was made with it is unknown"
     if about.vae_sha256 == sha256:
         return f"`{about.vae}`, the one that the training data was made with"
     return "not the one that the training data was made with"
 
 
 def _stranger(folder: Path, state: State, unsaid: Unsaid) -> tuple[Description, State]:
-    """Of a folder of diffusers' own class: description and tensors."""
-    config = _read_json(folder / "transformer" / "config.json")
-    wrong = [f"{k}={config[k]}" for k, v in _FIXED.items() if config.get(k, v) != v]
-    if wrong:
+    """Of a folder of diffusers' own class: description and tensors.
+
+    Its JSON may claim anything: nothing is computed before it agrees with the tensors.
+    """
+    config = _told(_Transformer, folder / "transformer" / "config.json")
+    null, hidden_size = config.num_embeds_ada_norm, config.hidden_size
+    widths, labels = layouts.embeddings_there(state)
+    if labels and (widths, labels) != (hidden_size, null + 1):
         raise ValueError(
-            f"{folder}: a transformer with {', '.join(wrong)}, which is no published DiT"
+            f"{folder}: its transformer/config.json tells {hidden_size} channels and {null} "
+            f"classes, its tensors have {widths} and {labels} rows of labels"
         )
-    try:
-        num_classes, side = config["num_embeds_ada_norm"], config["sample_size"]
-        grid = side // config["patch_size"]
-        num_heads = config["num_attention_heads"]
-        hidden_size = num_heads * config["attention_head_dim"]
-        pos_embed = torch.from_numpy(sincos_pos_embed(hidden_size, grid)).unsqueeze(0)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
+    found = layouts.from_diffusers(state, null, str(folder), null_row=null)
+    if "pos_embed" not in found:
+        pos_embed = sincos_pos_embed(hidden_size, config.sample_size // config.patch_size)
+        found["pos_embed"] = torch.from_numpy(pos_embed).unsqueeze(0)
+    about = layouts.describe(found, unsaid, str(folder), num_heads=config.num_attention_heads)
+    if about.latent_shape[1] != config.sample_size:
         raise ValueError(
-            f"{folder}: its transformer/config.json is not that of a DiT ({e!r})"
-        ) from e
-    found = layouts.from_diffusers(state, num_classes, str(folder), null_row=num_classes)
-    found.setdefault("pos_embed", pos_embed)
-    about = layouts.describe(found, unsaid, str(folder), num_heads=num_heads)
-    vae = folder / "vae" / "config.json"
+            f"{folder}: its transformer/config.json tells a sample_size of {config.sample_size}, "
+            f"its tensors are those of {about.latent_shape[1]}"
+        )
+    vae, scheduler = folder / "vae" / "config.json", folder / "scheduler" / "scheduler_config.json"
     if vae.is_file():
-        scale = _read_json(vae).get("scaling_factor", about.scaling_factor)
+        scale = _told(_VAE, vae).scaling_factor or about.scaling_factor
         about = about.model_copy(update={"scaling_factor": scale, "vae": str(vae.parent.resolve())})
-    if (folder / "scheduler" / "scheduler_config.json").is_file():
-        objective = _objective(_read_json(folder / "scheduler" / "scheduler_config.json"), folder)
+    if scheduler.is_file():
+        objective = _told(_Scheduler, scheduler).objective
         about = about.model_copy(update={"objective": objective})
     return about, found
 
 
-def _objective(scheduler: dict[str, Any], folder: Path) -> Objective:
-    """What a pipeline's scheduler says that its model predicts."""
-    told = {
-        "num_timesteps": scheduler.get("num_train_timesteps", 1000),
-        "prediction": {"epsilon": "eps", "v_prediction": "v"}.get(
-            scheduler.get("prediction_type", "epsilon")
-        ),
-        "schedule": {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(
-            scheduler.get("beta_schedule", "linear")
-        ),
-    }
-    unknown = [f"{key}={scheduler.get(key)}" for key, ours in _OF_SCHEDULER if told[ours] is None]
-    if unknown:
-        raise ValueError(
-            f"{folder}: a scheduler with {', '.join(unknown)}, which is not known here"
-        )
-    return Objective.model_validate(told)
+def _told(kind: type[_Read], path: Path) -> _Read:
+    """What a stranger's JSON says; a ValueError names the file and the fault."""
+    try:
+        return kind.model_validate_json(json.dumps(_read_json(path)))
+    except pydantic.ValidationError as e:
+        raise ValueError(f"{path}: not that of a published DiT ({fault_of(e)})") from e
 
 
 def _tensors(folder: Path) -> State:
@@ -288,9 +329,10 @@ def _tensors(folder: Path) -> State:
             f"{folder}: no {_WEIGHTS}.safetensors; give a folder of a DiTPipeline that has it"
         )
     try:
-        return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+        state = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{folder}: its weights are damaged or cannot be read ({e!s:.200})") from e
+    return published.plain(state, folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

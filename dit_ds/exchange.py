@@ -1,7 +1,7 @@
 """Weights out of and into any of the layouts: which one, its name tells.
 
 FILE.safetensors    ours, with FILE.json
-FILE.pt, FILE.pth   the published layout
+FILE.pt, FILE.pth   the published layout, with FILE.pt.json or without it
 FOLDER              a diffusers pipeline; or a run, its newest checkpoint's average
 """
 
@@ -23,10 +23,11 @@ def read(path: Path, unsaid: Unsaid) -> Weights:
         RankError: there are none, or they are not those of a DiT.
     """
     with distributed.agreed():
-        is_folder = path.is_dir()
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    if is_folder and not (path / "model_index.json").is_file():
+        is_folder, is_pipeline = path.is_dir(), (path / "model_index.json").is_file()
+    distributed.agree_on(f"what lies at {path}", [is_folder, is_pipeline])
+    if is_folder and not is_pipeline:
         return export.from_run(path)
     with distributed.agreed():
         if is_folder:
@@ -58,3 +59,10 @@ def write(
             f"--out {path}: name FILE.safetensors, FILE.pt (published layout), or a folder without "
             "a suffix (diffusers)"
         )
+
+
+def description_of(path: Path) -> Path | None:
+    """The file that describes weights in a file of that name; None for folders."""
+    if path.suffix in published.SUFFIXES:
+        return published.description_of(path)
+    return path.with_suffix(".json") if path.suffix == ".safetensors" else None

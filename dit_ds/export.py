@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from dit_ds.models import DiT
 from dit_ds.settings import Objective
 
 FORMAT = 1
+_MOST_ROWS = 40  # of a table of tensors
 
 Shapes = dict[str, list[int]]
 Size = Annotated[int, Field(gt=0, lt=2**31)]
@@ -61,7 +63,8 @@ class Description(Strict):
 
     latent_shape: (C, H, W). image_size: pixels of the shorter side. vae: the name it was asked for
     by. ema_length: of the average, where it was made after the training; ema_decay: of the plain
-    one. metrics: what was measured at this step. Unknown of foreign weights: ema_decay, and where
+    one. metrics: what was measured at this step. class_dropout_known: older files do not tell it,
+    and what stands in the objective is the usual. Unknown of foreign weights: ema_decay, and where
     they are empty, vae_sha256 and dataset; then step and images_seen, which are 0, are too.
     """
 
@@ -80,6 +83,7 @@ class Description(Strict):
     ema_length: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     metrics: dict[str, float] = {}
+    class_dropout_known: bool = True
     format: int = FORMAT
 
     @pydantic.model_validator(mode="after")
@@ -130,8 +134,8 @@ class Weights:
         """The described model on the meta device.
 
         Raises:
-            ValueError: names `source`, and the first tensor that is not one of float32 and of the
-                shape in such a model.
+            ValueError: names `source`, and all tensors that are not those of such a model in
+                float32.
         """
         model = _model(self.about, _shapes(self.state), source)
         if any(tensor.dtype != torch.float32 for tensor in self.state.values()):
@@ -160,15 +164,12 @@ def from_run(run: Path, *, ema_length: float | None = None) -> Weights:
     """
     with distributed.agreed():
         if not run.is_dir():
-            raise ValueError(f"--run {run}: no such folder; runs lie in runs/ as a rule")
+            raise ValueError(f"{run}: no such folder; runs lie in runs/ as a rule")
     found = restore.newest(run / "checkpoints")
     if found is None:
-        raise distributed.RankError(
-            f"--run {run}: no checkpoint yet; train until the first one is saved"
-        )
+        raise distributed.RankError(f"{run}: no checkpoint yet; train until the first one is saved")
     with distributed.agreed():
-        about = describe(found.index.about.get("weights"), str(found.path))
-        about = about.model_copy(update=_training(found))
+        about = _described(found).model_copy(update=_training(found))
         parameters = found.index.parameters
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         _model(about, shapes | archive.module_shapes(found), str(found.path))
@@ -207,13 +208,11 @@ def load(path: Path) -> Weights:
         about = describe(json.loads(beside.read_bytes()), str(beside))
         state = load_file(path)
     except OSError as e:
-        raise ValueError(f"--weights {path}: cannot read {e.filename or path}") from e
+        raise ValueError(f"{path}: cannot read {e.filename or path}") from e
     except (ValueError, RecursionError, SafetensorError) as e:
-        raise ValueError(
-            f"--weights {path}: damaged, or not of tools/export.py ({e!s:.300})"
-        ) from e
+        raise ValueError(f"{path}: damaged, or not of tools/export.py ({e!s:.300})") from e
     weights = Weights(state, about)
-    weights.check(f"--weights {path}")
+    weights.check(str(path))
     return weights
 
 
@@ -229,7 +228,8 @@ def describe(tree: Any, source: str) -> Description:
     if isinstance(tree, dict) and "objective" not in tree and "num_timesteps" in tree:
         # As it stood before there was more than one objective.
         rest = {k: v for k, v in tree.items() if k != "num_timesteps"}
-        tree = rest | {"objective": {"num_timesteps": tree["num_timesteps"]}}
+        objective = {"num_timesteps": tree["num_timesteps"]}
+        tree = rest | {"objective": objective, "class_dropout_known": False}
     try:
         return Description.model_validate_json(json.dumps(tree))
     except pydantic.ValidationError as e:
@@ -239,11 +239,26 @@ def describe(tree: Any, source: str) -> Description:
 
 def _training(found: archive.Checkpoint) -> dict[str, Any]:
     """What the checkpoint tells of the training, beside the description."""
-    cfg = found.index.about.get("config")
-    optimizer = cfg.get("optimizer") if isinstance(cfg, dict) else None
-    decay = optimizer.get("ema_decay") if isinstance(optimizer, dict) else None
+    decay = _setting(found, "optimizer", "ema_decay")
     known = isinstance(decay, float) and "ema" in found.index.keys
     return {"ema_decay": decay if known else None, "metrics": dict(found.index.metrics)}
+
+
+def _described(found: archive.Checkpoint) -> Description:
+    """The checkpoint's description; what those of older runs lack is in their configuration."""
+    about = describe(found.index.about.get("weights"), str(found.path))
+    dropout = _setting(found, "objective", "class_dropout")
+    if about.class_dropout_known or not isinstance(dropout, float) or not 0 <= dropout <= 1:
+        return about
+    objective = about.objective.model_copy(update={"class_dropout": dropout})
+    return about.model_copy(update={"objective": objective, "class_dropout_known": True})
+
+
+def _setting(found: archive.Checkpoint, section: str, key: str) -> Any:
+    """Of the run's configuration; None if it does not tell."""
+    cfg = found.index.about.get("config")
+    tree = cfg.get(section) if isinstance(cfg, dict) else None
+    return tree.get(key) if isinstance(tree, dict) else None
 
 
 def _model(about: Description, state: Shapes, source: str) -> DiT:
@@ -253,6 +268,7 @@ def _model(about: Description, state: Shapes, source: str) -> DiT:
     """
     sizes = about.model
     num_tokens = math.prod(side // sizes.patch_size for side in sizes.latent_size)
+    fault = f"{source}: the weights do not fit their description"
     try:
         # What even the meta device takes time and memory for.
         if sizes.depth > len(state):
@@ -261,15 +277,28 @@ def _model(about: Description, state: Shapes, source: str) -> DiT:
             raise ValueError(f"pos_embed is {state.get('pos_embed')}")
         with torch.device("meta"):
             model = DiT(**sizes.model_dump())
-        expected = _shapes(model.state_dict())
-        for name in sorted(expected.keys() | state.keys()):
-            if state.get(name) != expected.get(name):
-                raise ValueError(
-                    f"{name!r:.200} is {state.get(name)}, expected {expected.get(name)}"
-                )
     except (RuntimeError, ArithmeticError, ValueError) as e:
-        raise ValueError(f"{source}: the weights do not fit their description ({e!s:.300})") from e
+        raise ValueError(f"{fault} ({e!s:.300})") from e
+    if table := misfit(_shapes(model.state_dict()), state):
+        raise ValueError(f"{fault}\n{table}")
     return model
+
+
+def misfit(expected: Mapping[str, list[int] | None], found: Shapes) -> str:
+    """A table of the tensors that are missing, unexpected or misshapen; empty if all fit.
+
+    expected: with None for those of any shape.
+    """
+    rows = [f"missing     {n:<50} {s or ''}" for n, s in expected.items() if n not in found]
+    rows += [f"unexpected  {n!s:<50.200} {s}" for n, s in found.items() if n not in expected]
+    rows += [
+        f"misshapen   {n:<50} {s}, expected {expected[n]}"
+        for n, s in found.items()
+        if n in expected and expected[n] not in (None, s)
+    ]
+    if len(rows) > _MOST_ROWS:
+        rows[_MOST_ROWS:] = [f"and {len(rows) - _MOST_ROWS} more"]
+    return "\n".join("  " + files.printable(row.rstrip()) for row in rows)
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> Shapes:

@@ -7,23 +7,23 @@ timestep MLP and the label table in every block, and its pipeline takes row 1000
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dit_ds import export, files
-from dit_ds.export import Description, Sizes, Weights
-from dit_ds.models import DIT_MODELS, DiT
+from dit_ds import export
+from dit_ds.export import Description, Sizes
+from dit_ds.models import DIT_MODELS
 from dit_ds.settings import Objective
 
+VAE, SCALING_FACTOR = "stabilityai/sd-vae-ft-ema", 0.18215
+"""Of the published models."""
 NULL_ROW = 1000
 """Of the label table, in `diffusers.DiTPipeline`."""
 
 State = dict[str, Tensor]
-
-_MOST_ROWS = 40  # of a table of tensors
 
 _EMBEDDERS = {
     "t_embedder.mlp.0": "timestep_embedder.linear_1",
@@ -41,21 +41,41 @@ _ENDS = {
     "final_layer.linear": "proj_out_2",
 }
 _TABLE, _TABLE_THERE = "y_embedder.embedding_table.weight", "class_embedder.embedding_table.weight"
+_POS_EMBED_THERE = "pos_embed.pos_embed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Unsaid:
-    """What tensors alone do not say; as of the published ImageNet models unless set.
+    """What tensors alone do not say; as of the published ImageNet models where it is None.
 
-    image_size: pixels of each side, 8 for each of the latents unless set. num_heads: of models that
-    are not in the zoo. class_names: their numbers unless set.
+    vae: `VAE` unless set. scaling_factor: `SCALING_FACTOR` unless set. image_size: pixels of each
+    side, 8 for each of the latents unless set. num_heads: of models that are not in the zoo.
+    class_names: their numbers unless set.
     """
 
-    vae: str = "stabilityai/sd-vae-ft-ema"
-    scaling_factor: float = 0.18215
+    vae: str | None = None
+    scaling_factor: float | None = None
     image_size: int | None = None
     num_heads: int | None = None
     class_names: Sequence[str] | None = None
+
+    def check_taken(self, about: Description, source: object) -> None:
+        """Raise ValueError that names what is set and is not what the source says of itself."""
+        said = {
+            "vae": about.vae,
+            "scaling_factor": about.scaling_factor,
+            "image_size": about.image_size,
+            "num_heads": about.model.num_heads,
+            "class_names": about.class_names,
+        }
+        for key, value in said.items():
+            given = getattr(self, key)
+            if given is not None and given != value:
+                option = "--" + key.replace("_", "-")
+                raise ValueError(
+                    f"{option} {given!s:.200} is for weights that do not tell, and {source} says "
+                    f"{value!s:.200}; leave {option} out"
+                )
 
 
 def unexpressed(about: Description, *, diffusers: bool = False) -> list[str]:
@@ -66,14 +86,16 @@ def unexpressed(about: Description, *, diffusers: bool = False) -> list[str]:
     found += [f"model.mlp={sizes.mlp}"] * (sizes.mlp != "gelu")
     found += [f"model.norm={sizes.norm}"] * (sizes.norm != "layer")
     found += [f"latents of {high}x{wide}, which are not square"] * (high != wide)
+    found += [f"a shift of latents, {about.shift_factor}"] * (about.shift_factor != 0.0)
     if objective.name != "ddpm":
         found.append(f"objective.name={objective.name}")
     elif not diffusers:  # whose schedulers know these
         found += [f"objective.prediction={objective.prediction}"] * (objective.prediction != "eps")
         found += [f"objective.schedule={objective.schedule}"] * (objective.schedule != "linear")
+        steps = objective.num_timesteps
+        found += [f"objective.num_timesteps={steps}"] * (steps != Objective().num_timesteps)
     if diffusers:
         found += [f"model.mlp_ratio={sizes.mlp_ratio}"] * (sizes.mlp_ratio != 4.0)
-        found += [f"a shift of latents, {about.shift_factor}"] * (about.shift_factor != 0.0)
     return found
 
 
@@ -97,23 +119,30 @@ def describe(
         ValueError: tensors that tell the sizes are missing or of other shapes, or the number of
             heads is not known.
     """
-    try:
-        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        num_tokens = state["pos_embed"].shape[1]
-        num_classes = len(state[_TABLE]) - 1
-        values = len(state["final_layer.linear.bias"])
-        mlp_size = len(state["blocks.0.mlp.fc1.bias"])
-    except (KeyError, ValueError, IndexError, TypeError) as e:
+    telling = {
+        "x_embedder.proj.weight": 4,
+        "pos_embed": 3,
+        _TABLE: 2,
+        "final_layer.linear.bias": 1,
+        "blocks.0.mlp.fc1.bias": 1,
+    }
+    wrong = [n for n, ndim in telling.items() if n not in state or state[n].ndim != ndim]
+    wrong += [n for n in telling if n in state and not state[n].numel()]
+    if wrong:
         raise ValueError(
-            f"{source}: not the tensors of a published DiT ({e!s:.100} missing or of another "
-            f"shape); it holds {', '.join(sorted(state)[:5])!s:.300}, ..."
-        ) from e
-    depth = 1 + max(int(k.split(".")[1]) for k in state if _is_block(k))
-    side = round(num_tokens**0.5) * patch_size
+            f"{source}: not the tensors of a published DiT ({', '.join(wrong)} missing or of "
+            f"another shape); it holds {', '.join(sorted(state)[:5])!s:.300}, ..."
+        )
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    num_classes = len(state[_TABLE]) - 1
+    values, mlp_size = len(state["final_layer.linear.bias"]), len(state["blocks.0.mlp.fc1.bias"])
+    depth = _depth(state)
+    side = round(state["pos_embed"].shape[1] ** 0.5) * patch_size
     out_channels = values / patch_size**2
     if out_channels not in (in_channels, 2 * in_channels) or num_classes < 1:
         raise ValueError(
-            f"{source}: {values} outputs of {in_channels} channels, not those of a DiT"
+            f"{source}: {values} outputs of {in_channels} channels, {num_classes} classes; not "
+            "those of a DiT"
         )
     num_heads = num_heads or unsaid.num_heads or num_heads_of(hidden_size, depth)
     if num_heads is None:
@@ -143,51 +172,17 @@ def describe(
     return Description(
         model=sizes,
         latent_shape=(in_channels, side, side),
-        scaling_factor=unsaid.scaling_factor,
+        scaling_factor=unsaid.scaling_factor or SCALING_FACTOR,
         shift_factor=0.0,
         image_size=unsaid.image_size or 8 * side,
         class_names=names,
         objective=Objective(),
-        vae=unsaid.vae,
+        vae=unsaid.vae or VAE,
         vae_sha256="",
         dataset="",
         step=0,
         images_seen=0,
     )
-
-
-def misfit(expected: export.Shapes, found: export.Shapes) -> str:
-    """A table of the tensors that are missing, unexpected or misshapen; empty if all fit."""
-    rows = [f"missing     {n:<50} {s}" for n, s in expected.items() if n not in found]
-    rows += [f"unexpected  {n!s:<50.200} {s}" for n, s in found.items() if n not in expected]
-    rows += [
-        f"misshapen   {n:<50} {s}, expected {expected[n]}"
-        for n, s in found.items()
-        if n in expected and s != expected[n]
-    ]
-    if len(rows) > _MOST_ROWS:
-        rows[_MOST_ROWS:] = [f"and {len(rows) - _MOST_ROWS} more"]
-    return "\n".join("  " + files.printable(row) for row in rows)
-
-
-def check(weights: Weights, source: str) -> None:
-    """Raise ValueError that names `source` and all tensors that are not those of the model."""
-    try:
-        weights.check(source)
-    except ValueError as e:
-        found = {name: list(tensor.shape) for name, tensor in weights.state.items()}
-        sizes = weights.about.model
-        # A description may claim anything: one that takes time and memory to build is told alone.
-        tokens = math.prod(side // sizes.patch_size for side in sizes.latent_size)
-        if sizes.depth > len(found) or found.get("pos_embed") != [1, tokens, sizes.hidden_size]:
-            raise
-        try:
-            with torch.device("meta"):
-                model = DiT(**sizes.model_dump())
-        except (ValueError, RuntimeError, ArithmeticError):
-            raise e from None
-        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        raise ValueError(f"{e}\n{misfit(expected, found)}") from e
 
 
 def num_heads_of(hidden_size: int, depth: int) -> int | None:
@@ -209,7 +204,7 @@ def to_diffusers(state: State) -> State:
     Rows of the label table that no class has are the null row.
     """
     found = {there: state[here] for here, there in _pairs(_ENDS, "", "")}
-    found["pos_embed.pos_embed"] = state["pos_embed"]
+    found[_POS_EMBED_THERE] = state["pos_embed"]
     table = state[_TABLE]
     null = len(table) - 1
     rows = [*range(min(null, NULL_ROW)), *[null] * (NULL_ROW - null), null]
@@ -228,41 +223,62 @@ def to_diffusers(state: State) -> State:
     }
 
 
+def embeddings_there(state: State) -> tuple[int, int]:
+    """Channels and rows of the label table in diffusers' layout, 0 where there is no such table."""
+    table = state.get(f"transformer_blocks.0.norm1.emb.{_TABLE_THERE}")
+    if table is None or table.ndim != 2:
+        return 0, 0
+    return table.shape[1], table.shape[0]
+
+
 def from_diffusers(
     state: State, num_classes: int, source: str, *, null_row: int = NULL_ROW
 ) -> State:
     """Tensors in the published layout; where diffusers' hold no `pos_embed` neither do these.
 
     Raises:
-        ValueError: tensors are missing or too many, or the blocks' copies of one differ.
+        ValueError: tensors are missing or too many, all of which are told, or the blocks' copies of
+            one differ.
     """
-    left = dict(state)
-    try:
-        found = {here: left.pop(there) for here, there in _pairs(_ENDS, "", "")}
-        if "pos_embed.pos_embed" in left:
-            found["pos_embed"] = left.pop("pos_embed.pos_embed")
-        shared = [*_pairs(_EMBEDDERS, "", ""), (_TABLE, _TABLE_THERE)]
-        for i in range(1 + max((int(k.split(".")[1]) for k in state if _is_block(k)), default=0)):
-            here, there = f"blocks.{i}.", f"transformer_blocks.{i}."
-            found |= {a: left.pop(b) for a, b in _pairs(_BLOCK, here, there)}
-            for a, b in shared:
-                copy = left.pop(f"{there}norm1.emb.{b}")
-                if not torch.equal(found.setdefault(a, copy), copy):
-                    raise ValueError(f"{source}: block {i} has another {b} than block 0")
-            for kind in ("weight", "bias"):
-                parts = [left.pop(f"{there}attn1.to_{n}.{kind}") for n in ("q", "k", "v")]
-                found[f"{here}attn.qkv.{kind}"] = torch.cat(parts)
-    except KeyError as e:
-        raise ValueError(f"{source}: {e!s:.200} is missing, so it is no DiT of diffusers") from e
-    if left:
-        raise ValueError(f"{source}: unknown tensors, the first is {min(left)!r:.200}")
+    depth = max(_depth(state), 1)
+    expected: dict[str, list[int] | None] = dict.fromkeys(_names_there(depth))
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    table = export.misfit(expected, {k: v for k, v in shapes.items() if k != _POS_EMBED_THERE})
+    if table:
+        raise ValueError(f"{source}: not the tensors of a DiT of diffusers\n{table}")
+    found = {here: state[there] for here, there in _pairs(_ENDS, "", "")}
+    if _POS_EMBED_THERE in state:
+        found["pos_embed"] = state[_POS_EMBED_THERE]
+    for i in range(depth):
+        here, there = f"blocks.{i}.", f"transformer_blocks.{i}."
+        found |= {a: state[b] for a, b in _pairs(_BLOCK, here, there)}
+        for a, b in [*_pairs(_EMBEDDERS, "", ""), (_TABLE, _TABLE_THERE)]:
+            copy = state[f"{there}norm1.emb.{b}"]
+            if not torch.equal(found.setdefault(a, copy), copy):
+                raise ValueError(f"{source}: block {i} has another {b} than block 0")
+        for kind in ("weight", "bias"):
+            parts = [state[f"{there}attn1.to_{n}.{kind}"] for n in ("q", "k", "v")]
+            if len({part.shape for part in parts}) > 1 or parts[0].ndim == 0:
+                raise ValueError(f"{source}: queries, keys and values of block {i} differ in shape")
+            found[f"{here}attn.qkv.{kind}"] = torch.cat(parts)
+    labels = len(found[_TABLE]) if found[_TABLE].ndim == 2 else 0
+    if max(null_row, num_classes - (num_classes <= null_row)) >= labels:
+        raise ValueError(f"{source}: {labels} labels are too few for {num_classes} classes")
     rows = [label + (label >= null_row) for label in range(num_classes)] + [null_row]
-    if max(rows) >= len(found[_TABLE]):
-        raise ValueError(
-            f"{source}: {len(found[_TABLE])} labels are too few for {num_classes} classes"
-        )
     found[_TABLE] = found[_TABLE][rows]
     return found
+
+
+def _names_there(depth: int) -> list[str]:
+    """Of the tensors of diffusers' transformer, but for the position embedding."""
+    names = [b for _, b in _pairs(_ENDS, "", "")]
+    for i in range(depth):
+        there = f"transformer_blocks.{i}."
+        names += [b for _, b in _pairs(_BLOCK, "", there)]
+        names += [b for _, b in _pairs(_EMBEDDERS, "", f"{there}norm1.emb.")]
+        names.append(f"{there}norm1.emb.{_TABLE_THERE}")
+        names += [f"{there}attn1.to_{n}.{kind}" for n in "qkv" for kind in ("weight", "bias")]
+    return names
 
 
 def _pairs(names: dict[str, str], here: str, there: str) -> list[tuple[str, str]]:
@@ -274,9 +290,9 @@ def _pairs(names: dict[str, str], here: str, there: str) -> list[tuple[str, str]
 
 
 def _is_block(name: str) -> bool:
-    parts = name.split(".")
-    return parts[0] in ("blocks", "transformer_blocks") and parts[1].isdecimal()
+    return re.match(r"(transformer_)?blocks\.\d", name) is not None
 
 
 def _depth(state: State) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if _is_block(name))
+    """Number of blocks; names that skip some are told as missing and unexpected afterwards."""
+    return len({name.split(".")[1] for name in state if _is_block(name)})

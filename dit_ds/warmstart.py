@@ -9,6 +9,8 @@ Optimizer state is never taken: averages start from these weights, moments from 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_ds import distributed, exchange, export, layouts, published, zero
-from dit_ds.export import Description
+from dit_ds.export import Description, Sizes
 from dit_ds.layouts import State, Unsaid
 from dit_ds.models import DiT, initial_value, sincos_pos_embed
 from dit_ds.settings import Objective
@@ -51,6 +53,7 @@ def read(source: str, weights: dict[str, Any], *, seed: int) -> Start:
     path = Path(source)
     try:
         state, about = _source(path)
+        distributed.agree_on("what it holds", _digest(state, about))
         with distributed.agreed():
             target = export.describe(weights | {"step": 0, "images_seen": 0}, "the run")
             return fit(state, about, target, seed=seed, source=source)
@@ -97,7 +100,7 @@ def fit(
     fresh = sorted(n for n in expected.keys() - values.keys() if _OF_OPTIONS.fullmatch(n))
     rows += [f"fresh    {name}" for name in _grouped(fresh)]
     needed = {name: shape for name, shape in expected.items() if name not in fresh}
-    if misfit := layouts.misfit(needed, {name: list(t.shape) for name, t in values.items()}):
+    if misfit := export.misfit(needed, {name: list(t.shape) for name, t in values.items()}):
         raise ValueError(f"these weights are of another model than the run's\n{misfit}")
     _check_heads(about, target)
     rows.append(_position_embedding(state, about, target))
@@ -120,10 +123,20 @@ def _source(path: Path) -> tuple[State, Description | None]:
     if path.suffix not in published.SUFFIXES:
         weights = exchange.read(path, Unsaid())
         return weights.state, weights.about
-    state, about = State(), None
     with distributed.agreed():
-        state, about = published.tensors(path), published.description(path)
-    return state, about
+        return published.read(path)
+
+
+def _digest(state: State, about: Description | None) -> str:
+    """Of all that decides the first values; ranks may have different files under one name.
+
+    The position embedding decides none, and machines may compute its last bits otherwise.
+    """
+    digest = hashlib.sha256(json.dumps(about.class_names if about else None).encode())
+    for name in sorted(state.keys() - {"pos_embed"}):
+        digest.update(f"{name} {list(state[name].shape)}".encode())
+        digest.update(state[name].contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _same_width(table: Tensor | None, expected: list[int]) -> bool:
@@ -219,9 +232,11 @@ def _position_embedding(state: State, about: Description | None, target: Descrip
     if about is not None:
         there = about.model
         grid = (there.latent_size[0] // there.patch_size, there.latent_size[1] // there.patch_size)
-    usual = torch.from_numpy(sincos_pos_embed(sizes.hidden_size, grid)).unsqueeze(0)
+    # Nothing is computed for a shape that is wrong, and may be as large as a file can claim.
+    fits = list(found.shape) == [1, grid[0] * grid[1], sizes.hidden_size]
+    usual = torch.from_numpy(sincos_pos_embed(sizes.hidden_size, grid if fits else 1)).unsqueeze(0)
     # 1e-3: others compute it in float32, or keep it in half precision.
-    if found.shape != usual.shape or (found - usual).abs().max() > 1e-3:
+    if not fits or (found - usual).abs().max() > 1e-3:
         raise ValueError(
             f"its pos_embed {_shape(found)} is not the sine-cosine embedding of "
             f"{grid[0]}x{grid[1]} patches, so this DiT cannot compute what it was trained for"
@@ -238,9 +253,9 @@ def _differences(about: Description | None, target: Description) -> list[str]:
         (f"objective.{k}", objective, target.objective, k)
         for k in ("name", "prediction", "schedule", "num_timesteps")
     ]
+    options = about.model if about else Sizes.model_construct()  # its defaults are the published
+    pairs += [(f"model.{k}", options, target.model, k) for k in ("rope", "norm", "fp32_norms")]
     if about is not None:
-        options = ("rope", "norm", "fp32_norms")
-        pairs += [(f"model.{k}", about.model, target.model, k) for k in options]
         pairs += [(k, about, target, k) for k in ("scaling_factor", "shift_factor")]
     notes = [
         f"{name}={getattr(new, key)} here, {getattr(old, key)} there"

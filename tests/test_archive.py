@@ -395,7 +395,7 @@ def about(name: str, value: Any) -> Callable[[Tree], Any]:
         (about("model", [32]), "'model'"),
         (about("model.odd", 1), "'model.odd'"),
         (about("model.depth", 10**9), "blocks"),
-        (about("model.depth", 3), "'blocks.2"),
+        (about("model.depth", 3), "missing     blocks.2"),
         (about("model.depth", "2"), "'model.depth'"),
         (about("model.hidden_size", 10**9), "pos_embed"),
         (about("model.hidden_size", 10**400), "'model.hidden_size'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,8 @@ def test_files_are_read(tmp_path: Path, name: str, described: bool) -> None:
     given = source(["a", "b", "c"])
     exchange.write(given, tmp_path / name)
     if not described:
-        (tmp_path / "w.json").unlink()
+        beside = "w.json" if name == "w.safetensors" else "w.pt.json"
+        (tmp_path / beside).unlink()
     target = describe(["a", "b"]).model_dump(exclude={"step", "images_seen"})
     if not described and name == "w.safetensors":
         with pytest.raises(distributed.RankError, match=r"init.from=.*cannot read .*w\.json"):
@@ -200,6 +203,76 @@ def test_files_are_read(tmp_path: Path, name: str, described: bool) -> None:
     assert f"{2 if described else 0} rows of classes taken" in start.told
     with pytest.raises(distributed.RankError, match=r"^init.from=.*No such file"):
         warmstart.read(str(tmp_path / "none.pt"), target, seed=0)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"model": {"num_classes": 9}, "class_names": [str(i) for i in range(9)]},
+        {"model": {"num_classes": 1}, "class_names": ["c"]},
+        {"model": {"input_size": 400_000}, "latent_shape": [4, 400_000, 400_000]},
+    ],
+    ids=["more classes", "fewer classes", "size"],
+)
+def test_a_description_is_not_believed(tmp_path: Path, claim: dict[str, Any]) -> None:
+    given = source(["a", "b", "c"])
+    exchange.write(given, tmp_path / "w.pt")
+    tree = given.about.model_dump()
+    tree |= claim | {"model": tree["model"] | claim["model"]}
+    (tmp_path / "w.pt.json").write_text(json.dumps(tree))
+    target = describe(["a", "b"]).model_dump(exclude={"step", "images_seen"})
+    with pytest.raises(distributed.RankError, match="the weights do not fit their description"):
+        warmstart.read(str(tmp_path / "w.pt"), target, seed=0)
+
+
+def test_a_position_embedding_is_not_computed_for_what_a_file_claims() -> None:
+    given = source(["a", "b", "c"])
+    given.state["pos_embed"] = torch.zeros(1).expand(1, 10**12, 1)
+    with pytest.raises(ValueError, match="is not the sine-cosine embedding"):
+        warmstart.fit(given.state, None, describe(["a", "b", "c"]), seed=0, source="x")
+
+
+def test_options_of_tensors_alone_are_told_as_the_published_ones() -> None:
+    start = fit(source(["a"]), describe(["a"], rope=True, fp32_norms=True), known=False)
+    for note in ("model.rope=True here, False there", "model.fp32_norms=True here, False there"):
+        assert note in start.told
+    assert "model.norm" not in start.told
+
+
+@pytest.mark.parametrize("change", ["value", "class", "nothing"])
+def test_ranks_agree_on_what_they_start_from(change: str) -> None:
+    a, b = source(["a", "b", "c"]), source(["a", "b", "c"])
+    b.state["pos_embed"] += 1e-7  # as machines may compute it
+    about = b.about
+    if change == "value":
+        b.state["blocks.1.attn.proj.bias"][3] += 1e-3
+    elif change == "class":
+        about = about.model_copy(update={"class_names": ["b", "a", "c"]})
+    digests = {warmstart._digest(a.state, a.about), warmstart._digest(b.state, about)}
+    assert len(digests) == (1 if change == "nothing" else 2)
+
+
+def read_by_rank(folder: str, names: list[str], target: dict[str, Any]) -> str:
+    distributed.init()
+    with pytest.raises(distributed.RankError) as error:
+        # One name, and another thing on each host.
+        os.chdir(f"{folder}/{distributed.rank()}")
+        warmstart.read(names[0], target, seed=0)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("there", ["run", "weights"])
+def test_ranks_that_see_other_sources_stop_together(tmp_path: Path, there: str) -> None:
+    target = describe(["a"]).model_dump(exclude={"step", "images_seen"})
+    for rank, values in enumerate((0.0, 1.0)):
+        given = source(["a"])
+        given.state["blocks.0.attn.proj.bias"][0] = values
+        exchange.write(given, tmp_path / str(rank) / "w.safetensors")
+    if there == "run":
+        (tmp_path / "1" / "w.safetensors").unlink()
+        (tmp_path / "1" / "w.safetensors").mkdir()
+    told = run_ranks(2, read_by_rank, str(tmp_path), ["w.safetensors"], target)
+    assert told[0] == told[1] and told[0].startswith("init.from=w.safetensors: the ranks differ in")
 
 
 def state_after_load(recipe: str, ds_config: str, path: str) -> dict[str, Any]:

@@ -7,17 +7,21 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dit_ds import exchange, layouts, published
+from dit_ds import archive, exchange, export, layouts, published
+from dit_ds.card import model_card
 from dit_ds.export import Description, Sizes, Weights
 from dit_ds.layouts import Unsaid
 from dit_ds.models import DIT_MODELS, DiT
@@ -47,14 +51,15 @@ def weights(vae: Path | str = "none/none", num_classes: int = 3, **changes: Any)
     sizes = dict(
         input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=3,
         num_classes=num_classes, mlp_ratio=4.0, learn_sigma=True,
-    ) | {k: v for k, v in changes.items() if k != "objective"}  # fmt: skip
+    ) | {k: v for k, v in changes.items() if k not in ("objective", "shift_factor")}  # fmt: skip
     model = DiT(**sizes)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     about = Description(
         model=Sizes.model_validate(sizes), latent_shape=(4, *model.latent_size),
-        scaling_factor=0.5, shift_factor=0.0, image_size=min(model.latent_size),
+        scaling_factor=0.5, shift_factor=changes.get("shift_factor", 0.0),
+        image_size=min(model.latent_size),
         class_names=[f"class {i}" for i in range(num_classes)],
         objective=Objective.model_validate(changes.get("objective", {})), step=7, vae=str(vae),
         vae_sha256="", dataset="tests", images_seen=84, metrics={"validation/loss": 0.25},
@@ -177,8 +182,6 @@ def test_folders_that_others_wrote_are_read(vae: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has another timestep_embedder"):
         exchange.read(tmp_path, NOTHING)  # what was just drawn is another one in each block
     path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     state = load_file(path)
     for name in [name for name in state if ".1.norm1.emb" in name]:
         state[name] = state[name.replace(".1.", ".0.", 1)].clone()
@@ -187,6 +190,53 @@ def test_folders_that_others_wrote_are_read(vae: Path, tmp_path: Path) -> None:
     assert found.about.num_classes == 7 and found.about.model.num_heads == 3
     table = state["transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"]
     assert torch.equal(found.state["y_embedder.embedding_table.weight"], table)
+
+
+@pytest.fixture(scope="module")
+def strange(vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without our description, and without a position embedding."""
+    folder = tmp_path_factory.mktemp("strange") / "folder"
+    exchange.write(weights(vae), folder)
+    (folder / "dit_ds.json").unlink()
+    (path,) = folder.glob("transformer/*.safetensors")
+    state = load_file(path)
+    del state["pos_embed.pos_embed"]
+    save_file(state, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("transformer/config.json", {"sample_size": 4_000_000}, "sample_size"),
+        ("transformer/config.json", {"sample_size": 1024}, "is not 1 to 256 patches"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 10**10}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 999}, "1001 rows of labels"),
+        ("transformer/config.json", {"num_embeds_ada_norm": "3"}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": None}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"num_embeds_ada_norm": 3.0}, "num_embeds_ada_norm"),
+        ("transformer/config.json", {"attention_head_dim": 2**19}, "tensors have 48"),
+        ("transformer/config.json", {"patch_size": 4}, "a sample_size of 8, its tensors .* 4"),
+        ("transformer/config.json", {"norm_type": "layer_norm"}, "norm_type"),
+        ("vae/config.json", {"scaling_factor": "0.5"}, "scaling_factor"),
+        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor"),
+        ("scheduler/scheduler_config.json", {"prediction_type": ["v"]}, "prediction_type"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "scaled_linear"}, "beta_schedule"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 1}, "num_train_timesteps"),
+    ],
+    ids=str,
+)
+def test_what_a_strangers_folder_claims_is_not_believed(
+    strange: Path, name: str, change: dict[str, Any], sentence: str
+) -> None:
+    text = (strange / name).read_text()
+    (strange / name).write_text(json.dumps(json.loads(text) | change))
+    try:
+        with pytest.raises(ValueError, match=sentence) as error:
+            exchange.read(strange, NOTHING)
+        assert str(strange) in str(error.value)
+    finally:
+        (strange / name).write_text(text)
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-XL/2"])
@@ -237,8 +287,12 @@ class Bomb:
         ([1, 2], "no dictionary of tensors"),
         ({"x": 3}, "'x' is no tensor"),
         ({"x": torch.zeros(2)}, "not the tensors of a published DiT"),
+        ({"blocks": torch.zeros(2)}, "not the tensors of a published DiT"),
+        ({"x": torch.zeros(1).half().expand(2**37)}, "'x' claims .* does not hold so many"),
+        ({"x": torch.zeros(0, 2**40)}, "'x' is no tensor of numbers"),
+        ({"x": torch.zeros(2, dtype=torch.float64)}, "'x' is float64; save it in float32"),
     ],
-    ids=["empty", "zip", "bomb", "list", "number", "other"],
+    ids="empty zip bomb list number other block stride nothing double".split(),
 )
 def test_files_that_cannot_be_read_are_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: Any, sentence: str
@@ -257,21 +311,62 @@ def test_a_file_with_other_tensors_than_it_says_is_refused(tmp_path: Path) -> No
     first = weights()
     exchange.write(first, tmp_path / "x.pt")
     published.save(weights(num_classes=4), tmp_path / "y.pt")
-    (tmp_path / "x.json").write_bytes((tmp_path / "y.json").read_bytes())
+    (tmp_path / "x.pt.json").write_bytes((tmp_path / "y.pt.json").read_bytes())
     with pytest.raises(ValueError, match="x.pt: the weights do not fit their description") as error:
         exchange.read(tmp_path / "x.pt", NOTHING)
     [row] = str(error.value).splitlines()[1:]
     assert re.fullmatch(r"  misshapen +y_embedder\S+ +\[4, 48\], expected \[5, 48\]", row)
-    (tmp_path / "x.json").unlink()
+    (tmp_path / "x.pt.json").unlink()
     state = {k: v for k, v in first.state.items() if k != "blocks.1.attn.proj.bias"}
     torch.save(state | {"extra": torch.zeros(2)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="do not fit") as error:
         exchange.read(tmp_path / "x.pt", Unsaid(num_heads=3))
     rows = [line.split()[:2] for line in str(error.value).splitlines()[1:]]
     assert rows == [["missing", "blocks.1.attn.proj.bias"], ["unexpected", "extra"]]
-    (tmp_path / "x.json").write_text("{")
+    (tmp_path / "x.pt.json").write_text("{")
     with pytest.raises(ValueError, match="x.pt: damaged"):
         exchange.read(tmp_path / "x.pt", NOTHING)
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, TypeError, struct.error, KeyError])
+def test_whatever_a_damaged_file_raises_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    (tmp_path / "x.pt").write_bytes(b"x")
+
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match=r"x\.pt: damaged, or it holds more than tensors"):
+        exchange.read(tmp_path / "x.pt", NOTHING)
+
+
+def test_a_published_file_is_not_described_by_its_neighbours(tmp_path: Path) -> None:
+    first, other = weights(), weights(num_classes=4)
+    exchange.write(first, tmp_path / "ema.safetensors")
+    exchange.write(other, tmp_path / "ema.pt")
+    same(exchange.read(tmp_path / "ema.safetensors", NOTHING), first)
+    same(exchange.read(tmp_path / "ema.pt", NOTHING), other)
+    (tmp_path / "ema.pt.json").unlink()
+    assert exchange.read(tmp_path / "ema.pt", Unsaid(num_heads=3)).about.class_names[0] == "0"
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "folder"])
+def test_all_that_does_not_fit_is_told(vae: Path, tmp_path: Path, name: str) -> None:
+    exchange.write(weights(vae), tmp_path / name)
+    path = tmp_path / name
+    if name == "folder":
+        (path,) = path.glob("transformer/*.safetensors")
+    state = torch.load(path) if path.suffix == ".pt" else load_file(path)
+    missing = sorted(n for n in state if n.endswith(("proj_out_1.bias", "linear.bias")))[:2]
+    extra = {"extra": torch.zeros(2), f"{missing[0].split('.')[0]}.9999999.x": torch.zeros(1)}
+    state = {n: v for n, v in state.items() if n not in missing} | extra
+    torch.save(state, path) if path.suffix == ".pt" else save_file(state, path)
+    with pytest.raises(ValueError, match=f"{name}: ") as error:
+        exchange.read(tmp_path / name, NOTHING)
+    rows = {tuple(row.split()[:2]) for row in str(error.value).splitlines()[1:]}
+    assert rows >= {("missing", n) for n in missing} | {("unexpected", n) for n in extra}
 
 
 INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
@@ -281,6 +376,7 @@ INEXPRESSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"norm": "rms"}, "model.norm=rms"),
     ({"fp32_norms": True}, "model.fp32_norms=true"),
     ({"input_size": (8, 4)}, "latents of 8x4"),
+    ({"shift_factor": 0.1}, "a shift of latents, 0.1"),
     ({"objective": {"name": "flow"}, "learn_sigma": False}, "objective.name=flow"),
 ]
 
@@ -330,9 +426,9 @@ def test_a_folders_scheduler_is_the_trainings(
     path.unlink()
     same(exchange.read(folder, NOTHING), of_others)
     if objective:
-        name, value = next(iter(objective.items()))
-        with pytest.raises(ValueError, match=f"objective.{name}={value}"):
+        with pytest.raises(ValueError) as error:
             exchange.write(first, tmp_path / "w.pt")
+        assert all(f"objective.{name}={v}" in str(error.value) for name, v in objective.items())
 
 
 def test_the_card_tells_what_is_known_and_what_is_not(vae: Path, tmp_path: Path) -> None:
@@ -343,7 +439,7 @@ def test_the_card_tells_what_is_known_and_what_is_not(vae: Path, tmp_path: Path)
         assert told in card, told
     assert "prediction eps, schedule linear, learned variance" in card and "`tests`" in card
     exchange.write(first, tmp_path / "w.pt")
-    (tmp_path / "w.json").unlink()
+    (tmp_path / "w.pt.json").unlink()
     strange = exchange.read(tmp_path / "w.pt", Unsaid(vae=str(vae), num_heads=3, image_size=8))
     exchange.write(strange, tmp_path / "unknown")
     card = (tmp_path / "unknown" / "README.md").read_text()
@@ -351,7 +447,30 @@ def test_the_card_tells_what_is_known_and_what_is_not(vae: Path, tmp_path: Path)
     assert "assumed" in card and "none is known" in card and "unknown how many labels" in card
 
 
-def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> None:
+def test_older_files_do_not_tell_how_many_labels_were_dropped(vae: Path, tmp_path: Path) -> None:
+    first, path = weights(vae), tmp_path / "w.safetensors"
+    exchange.write(first, path)
+    tree = json.loads(path.with_suffix(".json").read_text())
+    tree["num_timesteps"] = tree.pop("objective")["num_timesteps"]  # as it was written then
+    del tree["class_dropout_known"]
+    path.with_suffix(".json").write_text(json.dumps(tree))
+    exchange.write(exchange.read(path, NOTHING), tmp_path / "again.safetensors")
+    found = exchange.read(tmp_path / "again.safetensors", NOTHING).about
+    card = model_card(found, num_parameters=1, vae_told="")
+    assert "unknown how many labels" in card and "10% of the labels" not in card
+    # A checkpoint has the run's settings beside such a description.
+    for dropout, known in ((0.25, True), (None, False), (7.0, False)):
+        about = {"weights": tree, "config": {"objective": {"class_dropout": dropout}}}
+        run = archive.Checkpoint(tmp_path, SimpleNamespace(about=about))  # type: ignore[arg-type]
+        card = model_card(export._described(run), num_parameters=1, vae_told="")
+        assert ("25% of the labels" in card, "unknown how many labels" in card) == (
+            known, not known,
+        )  # fmt: skip
+
+
+def test_folders_are_written_whole_or_not_at_all(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="it is there already"):
@@ -365,20 +484,29 @@ def test_folders_are_written_whole_or_not_at_all(vae: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"name FILE\.safetensors"):
         exchange.write(weights(vae), tmp_path / "x.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "empty.tmp").mkdir()  # anyone's
+    (tmp_path / "empty.tmp" / "thesis.tex").write_text("x")
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="the working folder; name a new one"):
+        exchange.write(weights(vae), Path("."))
+    monkeypatch.chdir(tmp_path)
     exchange.write(weights(vae), tmp_path / "empty")
     exchange.write(weights(vae), tmp_path / "new")
     usual = (tmp_path / "there").stat().st_mode, (tmp_path / "there" / "thesis.tex").stat().st_mode
+    left = {"there", "empty", "empty.tmp", "new"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+    assert (tmp_path / "empty.tmp" / "thesis.tex").exists()
     for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:  # others may read them
         assert path.stat().st_mode == usual[path.is_file()], path
 
 
 def test_the_tool_writes_any_layout(
-    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vae: Path, strange: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool = export_tool()
     exchange.write(weights(vae), tmp_path / "w.pt")
-    (tmp_path / "w.json").unlink()
+    (tmp_path / "w.pt.json").unlink()
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
     told = ["--vae", str(vae), "--image-size", "8", "--num-heads", "3", "--scaling-factor", "0.5"]
     names = ["--class-names", str(tmp_path / "names.txt")]
@@ -388,6 +516,10 @@ def test_the_tool_writes_any_layout(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{folder}: {tmp_path / 'w.pt'}, ")
     assert json.loads(lines[-1])["out"] == str(back)
+    described = tmp_path / "described.pt"
+    exchange.write(weights(vae), described)
+    (tmp_path / "others.txt").write_text("cat\ndog\nape\n")
+    other = ["--class-names", str(tmp_path / "others.txt")]
     found = exchange.read(back, NOTHING)
     runs.assert_same_bits(found.state, weights().state)
     assert found.about.class_names == ["cat", "dog", "owl"] and found.about.image_size == 8
@@ -397,10 +529,30 @@ def test_the_tool_writes_any_layout(
         (["--weights", str(tmp_path / "no")], "no such file or folder"),
         (["--weights", str(back), "--num-heads", "0"], "--num-heads 0 must be"),
         (["--weights", str(back), "--class-names", "no.txt"], "no.txt: cannot be read"),
+        (["--weights", str(back), "--num-heads", "4"], f"--num-heads 4 is .* {back} says 3;"),
+        (["--weights", str(back), "--image-size", "9"], "--image-size 9 is .* says 8;"),
+        (["--weights", str(back), "--scaling-factor", "0.7"], "--scaling-factor 0.7 .* 0.5;"),
+        (
+            ["--weights", str(back), *other],
+            "--class-names .* says .*cat.*; leave --class-names out",
+        ),
+        (["--weights", str(back), "--vae", "a/b"], "--vae a/b is .*; leave --vae out"),
+        (["--weights", str(described), "--num-heads", "4"], "--num-heads 4 is .* says 3;"),
+        (["--weights", str(strange), "--num-heads", "4"], "--num-heads 4 is .* says 3;"),
+        (["--weights", str(strange), "--scaling-factor", "0.7"], "--scaling-factor 0.7 .* 0.5;"),
+        (["--weights", str(strange), "--vae", "a/b"], "--vae a/b is .*folder/vae; leave"),
+        (["--weights", str(back), "--scaling-factor", "nan"], "--scaling-factor nan must be"),
     ):
         with pytest.raises(SystemExit) as end:
             tool([*arguments, "--out", str(tmp_path / "x.safetensors")])
-        assert end.value.code == 2 and sentence in capsys.readouterr().err
+        assert end.value.code == 2 and re.search(sentence, capsys.readouterr().err), sentence
+    # What is so may be said, and a folder takes another decoder that fits.
+    decoder = tmp_path / "decoder"
+    shutil.copytree(vae, decoder)
+    tool(["--weights", str(back), "--num-heads", "3", "--out", str(tmp_path / "x.pt")])
+    assert f"description in {tmp_path / 'x.pt.json'}" in capsys.readouterr().out
+    tool(["--weights", str(back), "--vae", str(decoder), "--out", str(tmp_path / "more")])
+    assert f"| decoder | `{decoder}`" in (tmp_path / "more" / "README.md").read_text()
 
 
 def export_tool() -> Callable[[list[str]], None]:

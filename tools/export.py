@@ -10,7 +10,9 @@ A run gives the average (EMA) of its newest checkpoint, whatever ZeRO stage and 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 from dit_ds import distributed, exchange, export
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     told = parser.add_argument_group("what files of tensors alone do not tell")
     told.add_argument("--image-size", type=int, metavar="PIXELS", help="default: 8 x the latents")
     told.add_argument("--num-heads", type=int, metavar="N", help="default: as in the zoo")
-    told.add_argument("--scaling-factor", type=float, default=Unsaid.scaling_factor, metavar="X")
+    told.add_argument("--scaling-factor", type=float, metavar="X", help="of latents: 0.18215")
     told.add_argument("--class-names", type=Path, metavar="FILE", help="a name on each line")
     parser.add_argument("--stock-steps", type=int, metavar="N", help=STEPS_OF_STOCK)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
@@ -49,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             if args.ema_length is not None:
                 raise ValueError("--ema-length needs --run, whose snapshots it is made of")
             weights = exchange.read(args.weights, unsaid(args))
+        check_taken(args, weights.about)
         with distributed.agreed():
             exchange.write(weights, args.out, vae=args.vae, num_steps=args.stock_steps)
     except ValueError as error:
@@ -56,14 +59,22 @@ def main(arguments: list[str] | None = None) -> None:
     about = weights.about
     num_parameters = sum(t.numel() for t in weights.state.values())
     what = f"EMA at step {about.step} ({about.images_seen} images)"
-    beside = f", description in {args.out.with_suffix('.json')}"
+    beside = exchange.description_of(args.out)
     print(
-        f"{args.out}: {what if about.dataset else args.weights}, "
-        f"{num_parameters / 1e6:.1f} M values{'' if args.out.is_dir() else beside}"
+        f"{args.out}: {what if about.dataset else args.weights}, {num_parameters / 1e6:.1f} M "
+        f"values{f', description in {beside}' if beside else ''}"
     )
     if args.json:
         facts = {"out": str(args.out), "step": about.step, "images": about.images_seen}
         print(json.dumps(facts | {"values": num_parameters}), flush=True)
+
+
+def check_taken(args: argparse.Namespace, about: export.Description) -> None:
+    """Refuse what was said of the source and is not so; a folder takes any decoder that fits."""
+    said = unsaid(args)
+    if exchange.description_of(args.out) is None:
+        said = dataclasses.replace(said, vae=None)
+    said.check_taken(about, args.run or args.weights)
 
 
 def unsaid(args: argparse.Namespace) -> Unsaid:
@@ -77,8 +88,10 @@ def unsaid(args: argparse.Namespace) -> Unsaid:
     for option in ("image_size", "num_heads"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value} must be at least 1")
+    if (scale := args.scaling_factor) is not None and not 0 < scale < math.inf:
+        raise ValueError(f"--scaling-factor {scale} must be above 0")
     return Unsaid(
-        vae=args.vae or Unsaid.vae,
+        vae=args.vae,
         scaling_factor=args.scaling_factor,
         image_size=args.image_size,
         num_heads=args.num_heads,
