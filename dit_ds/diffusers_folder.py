@@ -12,9 +12,11 @@ diffusers' own class is exact only for chosen timesteps: see `fold_timesteps`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -34,6 +36,7 @@ from dit_ds.settings import Objective
 
 DESCRIPTION, FOLDED = "dit_ds.json", "dit_ds_timesteps.json"
 _WEIGHTS = "diffusion_pytorch_model"
+_ALWAYS = "_class_name", "_diffusers_version"  # in a config of diffusers
 _MOST_PATCHES = 256
 """Of each side: the position embedding may have to be computed, and no tensor tells its size."""
 
@@ -47,11 +50,13 @@ class _Told(pydantic.BaseModel):
 
 
 class _Transformer(_Told):
+    class_name: str = Field("", alias="_class_name")
     num_attention_heads: _Size
     attention_head_dim: _Size
     sample_size: _Size
     patch_size: _Size
     num_embeds_ada_norm: _Size
+    num_classes: _Size | None = None
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     attention_bias: Literal[True] = True
@@ -117,8 +122,13 @@ def save(
     if folder == Path.cwd():  # it is replaced, and a shell would be left in what is gone
         raise ValueError(f"--out {folder}: the working folder; name a new one, or go elsewhere")
     decoder, scheduler = latents.load_vae(vae or about.vae), _scheduler(about)
-    if latents.latent_shape(decoder, about.image_shape) != about.latent_shape:
-        raise ValueError(f"--vae {vae or about.vae}: its latents are not those of the model")
+    found = latents.latent_shape(decoder, about.image_shape)
+    if found != about.latent_shape:
+        raise ValueError(
+            f"--vae {vae or about.vae}: it makes latents of {found} of {about.image_shape} pixels, "
+            f"the model's are {about.latent_shape}; give the training's VAE, or --image-size of a "
+            ".pt alone"
+        )
     state, timesteps = layouts.to_diffusers(weights.state), None
     if num_steps is not None:
         scheduler.set_timesteps(num_steps)
@@ -128,6 +138,11 @@ def save(
     transformer = _transformer(about, state, exact=num_steps is None)
     with _new_folder(folder) as temporary:
         transformer.save_pretrained(temporary / "transformer", max_shard_size="1000GB")
+        if timesteps is None:  # what our class fixes, diffusers would warn of at each load
+            path = temporary / "transformer" / "config.json"
+            known = {*inspect.signature(type(transformer).__init__).parameters, *_ALWAYS}
+            config = _read_json(path)
+            _write_json(path, {k: v for k, v in config.items() if k in known})
         scheduler.save_pretrained(temporary / "scheduler")
         told = _vae_told(about, vae or about.vae, latents.vae_hash(decoder))
         decoder.register_to_config(scaling_factor=about.scaling_factor)
@@ -234,7 +249,10 @@ def _transformer(about: Description, state: State, *, exact: bool) -> Any:
         num_embeds_ada_norm=max(sizes.num_classes, layouts.NULL_ROW),
     )
     with torch.device("meta"):
-        model = PublishedDiT(**config) if exact else DiTTransformer2DModel(**config, norm_eps=1e-6)
+        if exact:
+            model = PublishedDiT(**config, num_classes=sizes.num_classes)
+        else:
+            model = DiTTransformer2DModel(**config, norm_eps=1e-6)
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
@@ -285,17 +303,22 @@ def _stranger(folder: Path, state: State, unsaid: Unsaid) -> tuple[Description, 
     Its JSON may claim anything: nothing is computed before it agrees with the tensors.
     """
     config = _told(_Transformer, folder / "transformer" / "config.json")
-    null, hidden_size = config.num_embeds_ada_norm, config.hidden_size
+    hidden_size, most = config.hidden_size, config.num_embeds_ada_norm
+    # Ours has its null row where the pipeline looks for it, and rows that no class has.
+    null = layouts.NULL_ROW if config.class_name == "PublishedDiT" else most
+    names = unsaid.class_names or _names(folder)
+    num_classes = config.num_classes or (len(names) if names else most)
     widths, labels = layouts.embeddings_there(state)
-    if labels and (widths, labels) != (hidden_size, null + 1):
+    if labels and (widths, labels) != (hidden_size, most + 1):
         raise ValueError(
-            f"{folder}: its transformer/config.json tells {hidden_size} channels and {null} "
+            f"{folder}: its transformer/config.json tells {hidden_size} channels and {most} "
             f"classes, its tensors have {widths} and {labels} rows of labels"
         )
-    found = layouts.from_diffusers(state, null, str(folder), null_row=null)
+    found = layouts.from_diffusers(state, num_classes, str(folder), null_row=null)
     if "pos_embed" not in found:
         pos_embed = sincos_pos_embed(hidden_size, config.sample_size // config.patch_size)
         found["pos_embed"] = torch.from_numpy(pos_embed).unsqueeze(0)
+    unsaid = dataclasses.replace(unsaid, class_names=names)
     about = layouts.describe(found, unsaid, str(folder), num_heads=config.num_attention_heads)
     if about.latent_shape[1] != config.sample_size:
         raise ValueError(
@@ -310,6 +333,16 @@ def _stranger(folder: Path, state: State, unsaid: Unsaid) -> tuple[Description, 
         objective = _told(_Scheduler, scheduler).objective
         about = about.model_copy(update={"objective": objective})
     return about, found
+
+
+def _names(folder: Path) -> Sequence[str] | None:
+    """Names of all classes in a pipeline's model_index.json; None if it has not all of them."""
+    index = folder / "model_index.json"
+    told = _read_json(index).get("id2label") if index.is_file() else None
+    if not isinstance(told, dict):
+        return None
+    rows = [str(layouts.row_of(i)) for i in range(len(told))]
+    return [str(told[row]) for row in rows] if told.keys() == set(rows) else None
 
 
 def _told(kind: type[_Read], path: Path) -> _Read:

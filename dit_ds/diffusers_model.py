@@ -38,6 +38,7 @@ class PublishedDiT(DiTTransformer2DModel):
         sample_size: int = 32,
         patch_size: int = 2,
         num_embeds_ada_norm: int = 1000,
+        num_classes: int = 1000,  # kept in the config: fewer than the table has rows
     ) -> None:
         super().__init__(
             num_attention_heads=num_attention_heads,

@@ -26,8 +26,14 @@ def read(path: Path, unsaid: Unsaid) -> Weights:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         is_folder, is_pipeline = path.is_dir(), (path / "model_index.json").is_file()
-    distributed.agree_on(f"what lies at {path}", [is_folder, is_pipeline])
+        is_run = (path / "checkpoints").is_dir()
+    distributed.agree_on(f"what lies at {path}", [is_folder, is_pipeline, is_run])
     if is_folder and not is_pipeline:
+        if not is_run:
+            raise distributed.RankError(
+                f"{path}: neither a run, which has a folder checkpoints/, nor a pipeline of "
+                "diffusers, which has a model_index.json"
+            )
         return export.from_run(path)
     with distributed.agreed():
         if is_folder:

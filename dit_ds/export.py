@@ -204,9 +204,14 @@ def load(path: Path) -> Weights:
     """
     _check_suffix(path)
     beside = path.with_suffix(".json")
+    if path.is_file() and not beside.is_file():
+        raise ValueError(
+            f"{path}: its description {beside.name} is not beside it; copy both files that "
+            "tools/export.py wrote, or give the run whose checkpoint this is"
+        )
     try:
-        about = describe(json.loads(beside.read_bytes()), str(beside))
         state = load_file(path)
+        about = describe(json.loads(beside.read_bytes()), str(beside))
     except OSError as e:
         raise ValueError(f"{path}: cannot read {e.filename or path}") from e
     except (ValueError, RecursionError, SafetensorError) as e:
@@ -218,7 +223,10 @@ def load(path: Path) -> Weights:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: weights are one .safetensors file; give that name")
+        raise ValueError(
+            f"{path}: weights are a FILE.safetensors here; tools/export.py makes one of a .pt, of "
+            "a folder and of a run"
+        )
 
 
 def describe(tree: Any, source: str) -> Description:

@@ -70,7 +70,7 @@ def tensors(path: Path) -> State:
     except Exception as e:  # damaged files raise whatever torch's readers run into
         raise ValueError(
             f"{path}: damaged, or it holds more than tensors, which is not loaded since it could "
-            f"run code ({str(e).splitlines()[0] if str(e) else type(e).__name__:.200})"
+            f"run code ({type(e).__name__}); give a file of a state dict"
         ) from e
     for key in ("ema", "model", "state_dict"):
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):

@@ -51,6 +51,9 @@ def read(source: str, weights: dict[str, Any], *, seed: int) -> Start:
             not fit.
     """
     path = Path(source)
+    with distributed.agreed():
+        if "://" in source:
+            raise ValueError(f"init.from={source}: a URL; fetch the file, and give its path")
     try:
         state, about = _source(path)
         distributed.agree_on("what it holds", _digest(state, about))
@@ -84,7 +87,6 @@ def fit(
     Raises:
         ValueError: another model; tells every tensor that is missing, unexpected or misshapen.
     """
-    export.check_finite(state, "weights")
     with torch.device("meta"):
         model = DiT(**target.model.model_dump())
     expected = {name: list(p.shape) for name, p in model.named_parameters()}
@@ -103,6 +105,7 @@ def fit(
     if misfit := export.misfit(needed, {name: list(t.shape) for name, t in values.items()}):
         raise ValueError(f"these weights are of another model than the run's\n{misfit}")
     _check_heads(about, target)
+    export.check_finite(found, "its weights")
     rows.append(_position_embedding(state, about, target))
     resized = [name for name in values if values[name] is not found[name]]
     taken = len(values) - len(resized)

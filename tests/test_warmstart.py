@@ -196,7 +196,7 @@ def test_files_are_read(tmp_path: Path, name: str, described: bool) -> None:
         (tmp_path / beside).unlink()
     target = describe(["a", "b"]).model_dump(exclude={"step", "images_seen"})
     if not described and name == "w.safetensors":
-        with pytest.raises(distributed.RankError, match=r"init.from=.*cannot read .*w\.json"):
+        with pytest.raises(distributed.RankError, match=r"init.from=.*description w\.json is not"):
             warmstart.read(str(tmp_path / name), target, seed=0)
         return
     start = warmstart.read(str(tmp_path / name), target, seed=0)
@@ -372,7 +372,7 @@ def test_runs_start_from_runs(tiny: dict[str, Any], tmp_path: Path) -> None:
         str(tiny["run"]), average.about.model_dump(exclude={"step", "images_seen"}), seed=0
     )
     runs.assert_same_bits(start.values | {"pos_embed": average.state["pos_embed"]}, average.state)
-    with pytest.raises(distributed.RankError, match="init.from=.*no checkpoint yet"):
+    with pytest.raises(distributed.RankError, match="init.from=.*neither a run"):
         warmstart.read(str(tmp_path), average.about.model_dump(), seed=0)
 
 

@@ -125,6 +125,7 @@ def test_a_pipeline_computes_our_forward_and_the_naive_one_does_not(
         ours = first.build()(x, t, y)
         theirs = pipeline.transformer(x, t, class_labels=row(y, num_classes)).sample
         config = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+        assert config.pop("num_classes") == num_classes  # which is ours alone
         naive = DiTTransformer2DModel(**config | {"norm_eps": 1e-5}).eval()
         state = pipeline.transformer.state_dict()
         naive.load_state_dict({k: v for k, v in state.items() if k != "pos_embed.pos_embed"})
@@ -237,6 +238,27 @@ def test_what_a_strangers_folder_claims_is_not_believed(
         assert str(strange) in str(error.value)
     finally:
         (strange / name).write_text(text)
+
+
+@pytest.mark.parametrize("num_classes", [3, 1003])
+def test_a_folder_that_diffusers_saved_anew_is_the_same(
+    vae: Path, tmp_path: Path, num_classes: int, recwarn: Any, capfd: Any
+) -> None:
+    import diffusers
+
+    import dit_ds.diffusers_model
+
+    first = weights(vae, num_classes)
+    exchange.write(first, tmp_path / "ours")
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
+    assert isinstance(pipeline.transformer, dit_ds.diffusers_model.PublishedDiT)
+    assert "not expected and will be ignored" not in capfd.readouterr().err
+    pipeline.save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "dit_ds.json").exists()
+    found = exchange.read(tmp_path / "theirs", NOTHING)
+    runs.assert_same_bits(found.state, first.state)
+    assert found.about.model == first.about.model
+    assert found.about.num_classes == num_classes  # their names are lost
 
 
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-XL/2"])
@@ -477,7 +499,10 @@ def test_folders_are_written_whole_or_not_at_all(
         exchange.write(weights(vae), tmp_path / "there")
     with pytest.raises(ValueError, match="no such folder"):
         exchange.write(weights("no"), tmp_path / "new")
-    with pytest.raises(ValueError, match="latents are not those of the model"):
+    with pytest.raises(
+        ValueError,
+        match=r"latents of \(4, 64, 64\) of \(64, 64\) pixels, the model's are \(4, 8, 8\)",
+    ):
         wide = weights(vae)
         about = wide.about.model_copy(update={"image_size": 64})
         exchange.write(Weights(wide.state, about), tmp_path / "new")

@@ -88,8 +88,12 @@ def main(arguments: list[str] | None = None) -> None:
             if distributed.is_main():
                 sampling.check_outputs(args.out, args.npz, num=num, image_shape=about.image_shape)
             vae = latents.load_vae(args.vae or about.vae, device=distributed.device())
-            if latents.latent_shape(vae, about.image_shape) != about.latent_shape:
-                raise ValueError(f"--vae {args.vae}: its latents are not those of the model")
+            found = latents.latent_shape(vae, about.image_shape)
+            if found != about.latent_shape:
+                raise ValueError(
+                    f"--vae {args.vae or about.vae}: its latents are of {found}, the model's of "
+                    f"{about.latent_shape}; give the VAE that the training data was made with"
+                )
             model = weights.build(distributed.device())
         vae_hash = latents.vae_hash(vae)
         distributed.agree_on("the VAE", vae_hash)
