@@ -45,13 +45,19 @@ def main(arguments: list[str] | None = None) -> None:
         "--repeats", type=int, default=5, metavar="N", help="medians are of N; of digits, seeds"
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/benchmark"), metavar="DIR", help="of digits"
+        "--work", type=Path, metavar="DIR", help="of the four on digits; default: runs/benchmark"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     args = parser.parse_args(arguments)
-    measure = WHAT.get(args.what) or functools.partial(DIGITS[args.what], args.work.resolve())
     try:
+        if args.what in WHAT:
+            if args.work is not None:
+                raise ValueError(f"--work {args.work} has no meaning for {args.what}; leave it out")
+            measure = WHAT[args.what]
+        else:
+            work = (args.work or Path("runs/benchmark")).resolve()
+            measure = functools.partial(DIGITS[args.what], work)
         found = measure(repeats=args.repeats)
     except ValueError as e:
         distributed.exit_with(e)
