@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -115,6 +116,11 @@ def make_tiny(folder: Path) -> dict[str, Any]:
     tree["data"]["path"] = str(folder / "latents")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     return {"recipe": folder / "tiny.yaml", "run": folder / "run", "tree": tree}
+
+
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: SIGINT as in a terminal, also where the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_ranks(

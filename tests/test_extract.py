@@ -28,7 +28,7 @@ from dit_ds.plan import Plan, find_batch_size
 from dit_ds.records import Extraction
 from dit_ds.shards import ShardReader
 from dit_ds.sources import list_class_folders
-from tests.conftest import REPO, _forkserver, run_ranks
+from tests.conftest import REPO, _forkserver, hear_ctrl_c, run_ranks
 from tests.test_sources import png, write_tar
 
 TOOL = REPO / "tools" / "precompute_latents.py"
@@ -765,8 +765,7 @@ def test_the_tool_ends_with_a_line_on_ctrl_c(tmp_path: Path, vae: str) -> None:
         stderr=pipe,
         text=True,
         start_new_session=True,
-        # As in a terminal, also where these tests run in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_ctrl_c,
     ) as process:
         while process.poll() is None and not list(out.glob("work/unit-*.json")):
             time.sleep(0.01)

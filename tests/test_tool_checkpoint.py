@@ -28,7 +28,7 @@ import yaml
 from dit_ds import archive, inventory, restore, retention
 from dit_ds.retention import folder
 from tests import runs
-from tests.conftest import FP32, REPO, TINY, make_latents, run_ranks
+from tests.conftest import FP32, REPO, TINY, hear_ctrl_c, make_latents, run_ranks
 
 TOOL = REPO / "tools" / "checkpoint.py"
 STEPS = (2, 4, 6, 8)
@@ -540,7 +540,8 @@ def test_ctrl_c_does_not_wait_for_the_rest(run: Path) -> None:
     entry = {"num_bytes": size, "sha256": [zeros] * -(-size // archive.CHUNK_BYTES)}
     forge(run, 6, lambda i: i["files"][archive.MODULE].update(entry))
     command = [sys.executable, str(TOOL), "verify", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, preexec_fn=hear_ctrl_c) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"step-00000008  ok")
         began = time.monotonic()

@@ -25,7 +25,7 @@ from dit_ds.indexed import INDEX_SUFFIX
 from dit_ds.manifest import Folder, Manifest, ShardInfo
 from dit_ds.shards import ShardWriter
 from dit_ds.verify import verify
-from tests.conftest import REPO, make_latents
+from tests.conftest import REPO, hear_ctrl_c, make_latents
 from tests.test_indexed import VAE, foreign, latent, npy, npy_and_cls, write_tar
 
 
@@ -304,7 +304,9 @@ def test_ctrl_c_leaves_one_line(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", npy_and_cls(range(4)))
     os.mkfifo(tmp_path / "names.txt")  # nobody writes it, so the tool waits until it is interrupted
     command = [sys.executable, str(REPO / "tools" / "shards.py"), "index", ".", "--classes"]
-    process = subprocess.Popen([*command, "names.txt"], cwd=tmp_path, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "names.txt"], cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c
+    )
     with open(tmp_path / "names.txt", "wb"):  # opens when the tool does
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == b"interrupted\n"
