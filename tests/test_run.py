@@ -323,7 +323,7 @@ def test_exports_that_cannot_be_read_are_named(tiny: dict[str, Any], tmp_path: P
     for make, sentence in (
         (lambda: export.from_run(tmp_path / "no"), "no such folder"),
         (lambda: export.from_run(tmp_path), "no checkpoint yet"),
-        (lambda: export.load(tmp_path / "x.pt"), "one .safetensors file"),
+        (lambda: export.load(tmp_path / "x.pt"), "weights are a FILE.safetensors here"),
         (lambda: export.load(tmp_path / "x.safetensors"), r"x\.json"),
     ):
         with pytest.raises(ValueError, match=sentence):
