@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dit_ds import config, export, latents, optim, sampling, zero_config
@@ -324,10 +325,13 @@ def test_exports_that_cannot_be_read_are_named(tiny: dict[str, Any], tmp_path: P
         (lambda: export.from_run(tmp_path / "no"), "no such folder"),
         (lambda: export.from_run(tmp_path), "no checkpoint yet"),
         (lambda: export.load(tmp_path / "x.pt"), "weights are a FILE.safetensors here"),
-        (lambda: export.load(tmp_path / "x.safetensors"), r"x\.json"),
+        (lambda: export.load(tmp_path / "x.safetensors"), r"cannot read .*x\.safetensors"),
     ):
         with pytest.raises(ValueError, match=sentence):
             make()
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"its description x\.json is not beside it"):
+        export.load(tmp_path / "x.safetensors")
     (tmp_path / "x.json").write_text(json.dumps({"hello": 1}))
     with pytest.raises(ValueError, match="not a description of weights"):
         export.load(tmp_path / "x.safetensors")
